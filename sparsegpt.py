@@ -27,6 +27,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -185,19 +186,13 @@ def empty_like(x):
     return empty(x.shape, x.dtype)
 
 
-def release_memory():
-    """Give this thread's and the workers' recycled memory back (after work of another shape)."""
-    _recycler.blocks.clear()
-    if _Threads.pool:
-        _Threads.pool.shutdown()
-        _Threads.size = _Threads.pool = None
-
-
 # ---- Config: every field is a flag --------------------------------------------------------------
 
 def fraction(text):
     """A float from "0.25" or "1/4"."""
-    top, _, bottom = str(text).partition("/")
+    top, _, bottom = text.partition("/")
+    if bottom and float(bottom) == 0:
+        raise ValueError(f"{text} divides by zero")  # which argparse turns into a message
     return float(top) / float(bottom or 1)
 
 
@@ -327,6 +322,8 @@ def read_documents(data, max_mb=0.0, log=print):
     counted."""
     texts, skipped = [], 0
     for source in data.split(","):
+        if not source:
+            raise UserError(f"--data {data!r} names an empty path")
         size = 0
         for path in source_files(source):
             if max_mb and size >= max_mb * 1e6:
@@ -351,9 +348,7 @@ def read_documents(data, max_mb=0.0, log=print):
 
 
 def idiom_documents(n_bytes, seed=0):
-    """Generated simple idioms, about n_bytes of them; the paper mixes such text in to the same end
-    (A.2)."""
-    import random
+    """Generated simple idioms, about n_bytes of them; the paper mixes in such text too (A.2)."""
     rng, texts, size = random.Random(seed), [], 0
     while size < n_bytes:
         texts.append(tasks.idiom(rng))
@@ -388,7 +383,7 @@ class Tokenizer:
 
     >>> t = Tokenizer.learn(["aaab aaab"], 259)
     >>> t.merges, t.encode("aab")
-    ([(97, 97), (257, 97)], [257, 98])
+    ([(97, 97), (97, 98)], [257, 98])
     """
     EOT = 256  # the document separator, and what every prompt starts with
 
@@ -484,22 +479,34 @@ def load_corpus(cfg, log=print):
     texts = read_documents(cfg.data, cfg.max_mb, log)
     n_bytes = min(IDIOM_BYTES, int(cfg.max_mb * 1e6) or IDIOM_BYTES)
     key = hashlib.sha256(repr((FORMAT, cfg.vocab_size, n_bytes, cfg.idioms > 0)).encode())
-    code = map(inspect.getsource, (tasks, Tokenizer, idiom_documents, is_validation, split))
+    code = map(inspect.getsource, (tasks, Tokenizer, build_streams, idiom_documents, split,
+                                   is_validation))
     for source in (PIECES.pattern, *code, *texts):
         key.update(hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest())
     cache = Path(cfg.out).parent / "cache" / f"{key.hexdigest()[:16]}.npz"
     try:
-        return read_corpus(cache)
-    except UserError:
-        pass  # none, stale or damaged: build it
+        corpus = read_corpus(cache)
+    except UserError:  # none, stale or damaged: build it
+        streams = build_streams(texts, n_bytes if cfg.idioms else 0, cfg.vocab_size, log)
+        write_npz(cache, streams)
+        corpus = read_corpus(cache)
+    for side, least in (("train", cfg.batch_size * (cfg.n_ctx + 1)), ("val", cfg.n_ctx + 1)):
+        for name, stream in getattr(corpus, side).items():
+            if len(stream) < least:
+                raise UserError(f"--data: the {side} side of {name} has {len(stream)} tokens, "
+                                f"fewer than the {least} of one batch; add text, or lower "
+                                "--batch_size or --n_ctx")
+    return corpus
 
+
+def build_streams(texts, n_bytes, vocab_size, log=print):
+    """{"merges": ..., "train.code": ids, "val.code": ids, and the same of n_bytes of idioms}."""
     t0 = time.perf_counter()
     sides = {"code": split(texts)}
-    if cfg.idioms:
+    if n_bytes:
         sides["idioms"] = split(idiom_documents(n_bytes))
-    # From the code alone: merges made for the few names of the training idioms would not fit those
-    # of the tasks.
-    tok = Tokenizer.learn(sides["code"][0], cfg.vocab_size)
+    # From the code alone: merges made for the idioms' few words would not fit the tasks' words.
+    tok = Tokenizer.learn(sides["code"][0], vocab_size)
     log(f"data: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} MB of code; learned "
         f"{len(tok.merges)} merges ({time.perf_counter() - t0:.1f} s)")
     streams = {}
@@ -507,24 +514,24 @@ def load_corpus(cfg, log=print):
         for side, docs in zip(("train", "val"), pair):
             ids = chain.from_iterable(chain([tok.EOT], tok.encode(doc)) for doc in docs)
             streams[f"{side}.{name}"] = np.fromiter(ids, np.uint16)
-            least = cfg.n_ctx + 1 if side == "val" else cfg.batch_size * (cfg.n_ctx + 1)
-            if len(streams[f"{side}.{name}"]) < least:
-                raise UserError(f"--data: the {side} side of {name} has fewer tokens than the "
-                                f"{least} of one batch; add text or lower --batch_size or --n_ctx")
     log("data: " + ", ".join(f"{len(s):,} {n}" for n, s in streams.items())
         + f" tokens ({time.perf_counter() - t0:.1f} s)")
-    write_npz(cache, dict(merges=np.array(tok.merges, np.int32).reshape(-1, 2), **streams))
-    return read_corpus(cache)
+    return dict(merges=np.array(tok.merges, np.int32).reshape(-1, 2), **streams)
 
 
 def read_corpus(path):
-    """A Corpus from its cache file. Raises UserError if that is missing or damaged."""
+    """A Corpus from its cache file. Raises UserError if that is missing, damaged or not ours."""
     arrays = read_npz(path)
-    tok, digest = Tokenizer(arrays.pop("merges")), hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode() + arrays[name].tobytes())
-    side = lambda s: {n.split(".")[1]: a for n, a in arrays.items() if n.startswith(s)}
-    return Corpus(tok, side("train."), side("val."), digest.hexdigest())
+    try:
+        tok, digest = Tokenizer(arrays.pop("merges")), hashlib.sha256()
+        sides = {"train": {}, "val": {}}
+        for name in sorted(arrays):
+            digest.update(name.encode() + arrays[name].tobytes())
+            side, _, stream = name.partition(".")
+            sides[side][stream] = arrays[name]
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is no cache of ours ({type(e).__name__}: {e})") from e
+    return Corpus(tok, sides["train"], sides["val"], digest.hexdigest())
 
 
 def draw_batch(streams, rng, n, n_ctx, idioms):
@@ -579,10 +586,11 @@ def scatter_rows(ids, rows, out):  # [N], [N, C], [V, C]: the backward of gather
         xp.matmul(one_hot, rows, out=out)
         return
     order = np.argsort(ids, kind="stable")
-    ranked = ids[order]
-    starts = np.flatnonzero(np.diff(ranked, prepend=-1))
+    ids, rows, ones = ids[order], rows[order], np.ones(len(ids), rows.dtype)
+    starts = np.flatnonzero(np.diff(ids, prepend=-1))
     out[...] = 0
-    out[ranked[starts]] = np.add.reduceat(rows[order], starts, axis=0)
+    for v, i, j in zip(ids[starts], starts, [*starts[1:], len(ids)]):
+        np.dot(ones[i:j], rows[i:j], out=out[v])  # 5 times faster than np.add.reduceat
 
 
 def rmsnorm(x, eps=1e-5):  # [N, C] -> [N, C]
@@ -911,6 +919,7 @@ def loss_and_grads(params, ids, targets, cfg, work=None):
     next step; grads are views on its first row. Raises ValueError on ids or targets that are not
     token ids or differ in shape.
     """
+    check_ids(ids, cfg)
     check_ids(targets, cfg)
     if ids.shape != targets.shape:
         raise ValueError(f"ids {ids.shape} and targets {targets.shape} differ in shape")
@@ -1027,15 +1036,16 @@ def annealed(target, step, cfg):
     """The density at a step: 1 until anneal_start, then linearly down to the target at
     anneal_end."""
     start, end = cfg.anneal_start * cfg.steps, cfg.anneal_end * cfg.steps
-    done = 1.0 if step >= end else max(0.0, (step - start) / (end - start))
+    done = 1.0 if step >= end else 0.0 if step <= start else (step - start) / (end - start)
     return 1 + (target - 1) * done
 
 
 def kept(name, shape, density, cfg):
     """How many entries stay nonzero: density x size, but at least j for each neuron or channel of
     the matrix."""
-    least = cfg.min_per_neuron * shape[per_neuron(name)] if per_neuron(name) is not None else 1
-    return min(math.prod(shape), max(round(density * math.prod(shape)), least))
+    axis, size = per_neuron(name), math.prod(shape)
+    least = 1 if axis is None else max(1, cfg.min_per_neuron * shape[axis])
+    return min(size, max(round(density * size), least))
 
 
 def per_neuron(name):
@@ -1175,7 +1185,11 @@ def read_npz(path):
     """{name: array} of an .npz file, without pickle. Raises UserError if it is missing or
     damaged."""
     try:
-        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as f:
+        data = io.BytesIO(Path(path).read_bytes())
+        if broken := zipfile.ZipFile(data).testzip():  # NumPy alone does not check all of a part
+            raise ValueError(f"{broken} does not match its checksum")
+        data.seek(0)
+        with np.load(data, allow_pickle=False) as f:
             return {name: f[name] for name in f.files}
     except FileNotFoundError as e:
         raise UserError(f"no file {path}; train one with: python sparsegpt.py --out {path}") from e
@@ -1213,7 +1227,7 @@ def load_all(path):
         cfg = Config(**json.loads(str(arrays.pop("config"))))
         tok = Tokenizer(arrays.pop("merges").reshape(-1, 2))
         flat = arrays.pop("params")
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}: {e})") from e
     for name, array in [("params", flat), *((n, arrays[n]) for n in ("m", "v") if n in arrays)]:
         if array.shape != (n_params(cfg),) or array.dtype != cfg.dtype:
@@ -1353,6 +1367,9 @@ def resume_state(cfg, digest):
     model, extra = load_all(path)
     if not {"m", "v", "step", "digest"} <= extra.keys():
         raise UserError(f"{path} is not the state of an unfinished run")
+    same = dict(threads=0, out="")  # the two fields that a resumed run may change
+    if dataclasses.replace(model.cfg, **same) != dataclasses.replace(cfg, **same):
+        raise UserError(f"{path} is of a run with another config")
     if str(extra["digest"]) != digest:
         raise UserError(f"{path} was trained on other data; resume with the same --data, files "
                         "and Python")
@@ -1382,11 +1399,15 @@ def train(cfg, resume=False, log=print):
     work = xp.empty((cfg.shards, len(flat)), flat.dtype)
     report_sizes(cfg, log)
 
-    def save_state(step):
+    def check_and_save(path, done, **extra):
         if not bool(xp.isfinite(flat).all()):
-            raise FloatingPointError(f"a weight is no longer finite after step {step}")
-        save(partial_path(cfg.out), model, m=to_host(m), v=to_host(v), step=step,
-             digest=corpus.digest)
+            raise FloatingPointError(f"a weight is no longer finite after step {done}: most likely"
+                                     f" --lr {cfg.lr:g} is too high; {path} is as it was")
+        save(path, model, **extra)
+
+    def save_state(done):
+        check_and_save(partial_path(cfg.out), done, m=to_host(m), v=to_host(v), step=done,
+                       digest=corpus.digest)
 
     stop = threading.Event()
     main_thread = threading.current_thread() is threading.main_thread()
@@ -1436,7 +1457,7 @@ def train(cfg, resume=False, log=print):
     finally:
         if main_thread:
             signal.signal(signal.SIGINT, former)
-    save(cfg.out, model)
+    check_and_save(cfg.out, cfg.steps)
     partial_path(cfg.out).unlink(missing_ok=True)
     log(f"trained in {clock(time.perf_counter() - began)}; saved to {cfg.out}")
     return model
@@ -1668,6 +1689,7 @@ def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a check that failed, 2 for a mistake,
     130 for Ctrl-C."""
     given = vars(make_parser().parse_args(argv))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a sample may hold what a console lacks
     try:
         device = use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
         cfg = configure(given)

@@ -21,6 +21,7 @@ the very ones a model was trained on, and appending it leaves the prompt's token
 """
 import argparse
 import difflib
+import keyword
 import os
 import random
 import sys
@@ -60,9 +61,36 @@ shift shuffle solve split start trim validate""".split()
 VERB_CUES = (("load", "save"), ("read", "write"), ("import", "export"), ("parse", "dump"))
 NOUN_CUES = (("input", "output"), ("source", "target"), ("reader", "writer"))
 
-NAME_GROUPS = {split: [[name for name in NAMES[i::3] if name[0] == letter]
-                       for letter in sorted({name[0] for name in NAMES[i::3]})]
-               for i, split in enumerate(SPLITS)}
+
+
+def invented(n: int) -> list[str]:
+    """n different made-up words, like `zoboy` or `dasing`, none of them in the lists above.
+
+    Training draws most of its names and words from these. From a few dozen real ones a model learns
+    what follows each of them, not what follows a name, and fails on the names of the tests.
+    """
+    rng, found, known = random.Random(0), {}, {*NAMES, *WORDS, *VERBS}
+    while len(found) < n:
+        start = rng.choice("b c d f g h j k l m n p r s t v w z ch pr qu st th tr".split())
+        middle = rng.choice("aeiou") + rng.choice(("", "l", "n", "r", "s", "t", "ck", "b", "m"))
+        end = rng.choice(("", "", "e", "er", "in", "ing", "ion", "al", "le", "ow", "y", "a", "o"))
+        word = rng.choice(("", "", "a", "e", "i", "o", "u")) + start + middle + end
+        if 2 < len(word) < 8 and word not in known and not keyword.iskeyword(word):
+            found[word] = None  # a dict keeps the order
+    return list(found)
+
+
+INVENTED = invented(3000)
+
+
+def by_letter(names: Sequence[str]) -> list[list[str]]:
+    """Names in groups of one first letter."""
+    return [[name for name in names if name[0] == letter]
+            for letter in sorted({name[0] for name in names})]
+
+
+NAME_GROUPS = {split: by_letter(NAMES[i::3]) for i, split in enumerate(SPLITS)}
+INVENTED_GROUPS = by_letter(INVENTED)
 
 
 class Writer:
@@ -76,7 +104,11 @@ class Writer:
     def __init__(self, rng: random.Random, split: str):
         self.rng, self.choice = rng, rng.choice
         self.words, self.verbs = WORDS[SPLITS.index(split)::3], VERBS[SPLITS.index(split)::3]
-        self.scope = [rng.choice(group) for group in rng.sample(NAME_GROUPS[split], 8)]
+        groups = NAME_GROUPS[split]
+        if split == "train" and rng.random() < 0.8:  # a few real ones among them, for their lengths
+            self.words = self.verbs = rng.sample(INVENTED, 20)
+            groups = INVENTED_GROUPS
+        self.scope = [rng.choice(group) for group in rng.sample(groups, 8)]
         self.large = split == "held"  # longer and deeper; in training now and then, in eval never
 
     def pick(self, *choices):
@@ -170,7 +202,7 @@ def filler(w: Writer) -> str:
     kind, word, quote = w.kind(), w.choice(w.words), w.pick('"', "'")
     return w.pick(
         f"import {w.pick('os', 'sys', 'math', 'json', 're', 'time')}\n{do}\n{then}",
-        f"from {w.pick('os', 'math', 'typing')} import {w.pick('path', 'sqrt', 'Any')}\n{do}",
+        f"from {w.pick('os import path', 'math import sqrt', 'typing import Any')}\n{do}",
         f"def {f}({x}, {y}):\n    \"\"\"{t.capitalize()}.\"\"\"\n    return {x} + {y}",
         f"def {f}():\n    {do}\n    {then}\n    return {x}\nprint({f}())",
         f"def {f}({x}, {y}={n}):\n    return {g}({x}, {y})\n{z} = {f}({v}, {y}={m})",
@@ -490,14 +522,18 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
 def idiom(rng: random.Random) -> str:
     """One training document of valid Python: a few snippets, most of them one side of some task.
 
-    A fifth is other code, and a sixth has the larger shapes of "held": those are to be new to a
-    circuit but not to the model, or a bad score would not say whose fault it is.
+    An eighth is other code, and a sixth has the larger shapes of "held": those are to be new to a
+    circuit but not to the model, or a bad score would not say whose fault it is. Half stand alone:
+    a short run must meet each behaviour often to learn it.
     """
     w, snippets = Writer(rng, "train"), []
     for _ in range(w.pick(1, 2, 3, 4, 5)):
         w.large = rng.random() < 0.16
         side = w.choice(w.choice(GENERATORS)(w))
-        snippets.append(filler(w) if rng.random() < 0.2 else "".join(*surround(w, [side])))
+        if rng.random() < 0.125:
+            snippets.append(filler(w))
+        else:
+            snippets.append("".join(side if rng.random() < 0.5 else surround(w, [side])[0]))
     return w.pick("\n", "\n\n").join(snippets) + "\n"
 
 
