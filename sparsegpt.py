@@ -21,6 +21,7 @@ import argparse
 import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -92,24 +93,30 @@ def to_host(x):
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
-def set_blas_threads(n):
-    """Hold the BLAS that NumPy loaded to n threads (it may have been loaded long ago). Returns its
-    former number, or None where no known BLAS is found; then results are still right, but may
-    depend on BLAS' own threads."""
+@functools.cache
+def blas_functions():
+    """The functions that (get, set) the number of threads of the BLAS that NumPy has loaded, or
+    None where it is none of those known here."""
     wheel = Path(np.__file__).parent.parent / "numpy.libs"  # where Windows wheels keep OpenBLAS
     for path in [np.linalg._umath_linalg.__file__, *sorted(wheel.glob("*openblas*.dll"))]:
         lib = ctypes.CDLL(str(path))  # finds the symbols of the libraries that this one loads too
         for name in ("scipy_openblas_%s_num_threads64_", "scipy_openblas_%s_num_threads",
                      "openblas_%s_num_threads64_", "openblas_%s_num_threads", "MKL_%s_Threads"):
-            try:
-                get = getattr(lib, name % ("Get_Max" if name[0] == "M" else "get"))
-                put = getattr(lib, name % ("Set_Num" if name[0] == "M" else "set"))
-            except AttributeError:
-                continue
-            before = get()
-            put(n)
-            return before
+            get, put = ("Get_Max", "Set_Num") if name.startswith("MKL") else ("get", "set")
+            if hasattr(lib, name % get) and hasattr(lib, name % put):
+                return getattr(lib, name % get), getattr(lib, name % put)
     return None
+
+
+def set_blas_threads(n):
+    """Hold BLAS to n threads, however long ago it was loaded. Returns its former number, or None
+    where it is not known how; then results are still right, but may depend on BLAS' threads."""
+    if blas_functions() is None:
+        return None
+    get, put = blas_functions()
+    before = get()
+    put(n)
+    return before
 
 
 def n_cores():
@@ -119,9 +126,10 @@ def n_cores():
     return os.cpu_count() or 1
 
 
-class _Threads:
-    """The pool behind `parallel`, made when first used and whenever another size is asked for."""
-    size, pool = None, None
+@functools.cache
+def thread_pool(size):
+    """The pool of `size` threads, made when first used."""
+    return ThreadPoolExecutor(size, "sparsegpt")
 
 
 def parallel(fn, items, threads=0):
@@ -138,34 +146,39 @@ def parallel(fn, items, threads=0):
     try:
         if size == 1 or xp is not np:
             return [fn(item) for item in items]
-        if _Threads.size != size:
-            _Threads.size, _Threads.pool = size, ThreadPoolExecutor(size, "sparsegpt")
-        return list(_Threads.pool.map(fn, items))
+        return list(thread_pool(size).map(fn, items))
     finally:
         if before is not None:
             set_blas_threads(before)
 
 
+def unused(blocks, count):
+    """The first of the blocks whose reference count, as seen here, is `count`; None without one."""
+    for block in blocks:
+        if sys.getrefcount(block) == count:
+            return block
+    return None
+
+
 class _Recycler(threading.local):
-    """Memory blocks of this thread by size class. A block is free when nothing but its list refers
-    to it."""
+    """This thread's memory blocks by size. A block is free when only its list refers to it."""
+    # The count of such a block differs between versions of Python, so it is measured.
+    free = next(n for n in range(1, 9) if unused([np.empty(1)], n) is not None)
 
     def __init__(self):
         self.blocks = defaultdict(list)
 
     def take(self, n_bytes):
+        """A free block of at least n_bytes."""
         size = 1 << max(6, (n_bytes - 1).bit_length())  # a power of two, or halfway below it
         size = size * 3 // 4 if n_bytes <= size * 3 // 4 else size
-        for block in self.blocks[size]:
-            if sys.getrefcount(block) == _FREE:
-                return block
-        self.blocks[size].append(np.empty(size, np.uint8))
-        return self.blocks[size][-1]
+        block = unused(self.blocks[size], self.free)
+        if block is None:
+            block = np.empty(size, np.uint8)
+            self.blocks[size].append(block)
+        return block
 
 
-for _block in [np.empty(1)]:
-    _FREE = sys.getrefcount(_block)  # what `take` sees in its loop for a block that nobody uses
-del _block
 _recycler = _Recycler()
 
 

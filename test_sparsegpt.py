@@ -27,15 +27,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import sparsegpt as sg
 import tasks
 
+# Without Phase.explain: it traces every line, which takes minutes where an error is planted.
 settings.register_profile("suite", deadline=None, max_examples=20, derandomize=True, database=None,
-                          suppress_health_check=list(HealthCheck))
+                          suppress_health_check=list(HealthCheck),
+                          phases=[phase for phase in Phase if phase is not Phase.explain])
 settings.load_profile("suite")
 
 SEEDS = st.integers(0, 2**32 - 1)
