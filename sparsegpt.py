@@ -218,39 +218,40 @@ def flag(default, group, text, **more):
 class Config:
     """Everything that decides a run. Raises UserError on a value out of range."""
     n_layer: int = flag(2, "model", "blocks of attention and MLP")
-    d_model: int = flag(256, "model", "width of the residual stream")
+    d_model: int = flag(128, "model", "width of the residual stream")
     d_head: int = flag(16, "model", "width of an attention head")
     n_ctx: int = flag(128, "model", "context length in tokens")
     vocab_size: int = flag(512, "model", "tokens: 256 bytes, a separator and learned merges")
     act: str = flag("gelu", "model", "activation of the MLP", choices=("gelu", "relu"))
-    afrac: float = flag(0.25, "model", "share of channels AbsTopK keeps at each place; 1: all")
-    positions: bool = flag(False, "model", "learned absolute positions")
+    afrac: float = flag(1.0, "model", "share of channels AbsTopK keeps at each place; 1: all")
+    positions: bool = flag(True, "model", "learned absolute positions")
     sink: bool = flag(True, "model", "a learned attention sink per head")
     bigram: bool = flag(True, "model", "a dense table of logits by the current token")
 
-    density: float = flag(1 / 16, "sparsity", "share of nonzero weights in every matrix; 1: dense")
+
+    density: float = flag(1 / 8, "sparsity", "share of nonzero weights in every matrix; 1: dense")
     embed_density: float = flag(0.0, "sparsity", "the same for embeddings; 0: 4 x density")
     min_per_neuron: int = flag(4, "sparsity", "nonzero weights every neuron and channel keeps (j)")
     sparse_bias: bool = flag(False, "sparsity", "biases are sparsified too")
     anneal_start: float = flag(0.01, "sparsity", "share of training before density falls from 1")
     anneal_end: float = flag(0.5, "sparsity", "share of training before it reaches its target")
 
-    steps: int = flag(1200, "training", "optimizer steps")
-    batch_size: int = flag(32, "training", "sequences a step")
-    lr: float = flag(2e-3, "training", "peak learning rate, at the final density")
+    steps: int = flag(16000, "training", "optimizer steps")
+    batch_size: int = flag(8, "training", "sequences a step")
+    lr: float = flag(0.024, "training", "peak learning rate, at the final density")
     warmup: float = flag(0.01, "training", "share of training with rising learning rate")
     sharkfin: bool = flag(True, "training", "learning rate x sqrt(final density / density now)")
     beta1: float = flag(0.9, "training", "Adam: decay of the mean gradient")
     beta2: float = flag(0.95, "training", "Adam: decay of the mean square")
     eps: float = flag(0.1, "training", "Adam: added to the root mean square")
-    weight_decay: float = flag(0.1, "training", "decoupled decay of the matrices")
+    weight_decay: float = flag(0.02, "training", "decoupled decay of the matrices")
     grad_scale: str = flag("divide", "training", "by the gradient's RMS: the release's division "
                            "or the paper's clip to 1", choices=("divide", "clip", "none"))
     seed: int = flag(0, "training", "of initialisation, batches and samples")
 
     data: str = flag("stdlib", "data", "files or folders, separated by commas; 'stdlib' is the "
                      "Python standard library's source")
-    idioms: float = flag(0.5, "data", "share of the batches drawn from generated simple idioms")
+    idioms: float = flag(0.6, "data", "share of the batches drawn from generated simple idioms")
     max_mb: float = flag(0.0, "data", "read at most this many megabytes of each source; 0: all")
 
     threads: int = flag(0, "running", "threads; 0: one a core. The result does not depend on it")
@@ -309,7 +310,7 @@ class Config:
 
 SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages",
         "__pycache__"}  # of the standard library: not plain code
-IDIOM_BYTES = 6_000_000  # of generated idioms: a default run sees most of them once
+IDIOM_BYTES = 12_000_000  # of generated idioms: a default run sees each of them about twice
 
 
 def source_files(source):
@@ -518,8 +519,7 @@ def build_streams(texts, n_bytes, vocab_size, log=print):
     sides = {"code": split(texts)}
     if n_bytes:
         sides["idioms"] = split(idiom_documents(n_bytes))
-    # From the code alone: merges made for the idioms' few words would not fit the tasks' words.
-    tok = Tokenizer.learn(sides["code"][0], vocab_size)
+    tok = Tokenizer.learn(chain.from_iterable(train for train, _ in sides.values()), vocab_size)
     log(f"data: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} MB of code; learned "
         f"{len(tok.merges)} merges ({time.perf_counter() - t0:.1f} s)")
     streams = {}
