@@ -9,13 +9,16 @@ the one-shot pruning method.
     python sparsegpt.py --sample "def f("   # write code with the result
 
 The file reads from top to bottom: backend, Config, data, ops (each backward under its forward),
-the model, initialisation, optimizer and weight top-k, training, checkpoints, task scores,
-sampling, command line. An op is `out, cache = op(x, ...)` and `dx = op_backward(dout, cache,
-...)`; parameters are one flat dict of arrays.
+parameters, the model, optimizer and weight top-k, checkpoints, task scores and sampling, training,
+checks and timings, command line. An op is `out, cache = op(x, ...)` and `dx = op_backward(dout,
+cache, ...)`. Parameters are one flat buffer, a vector to the optimizer; the model sees a dict of
+named views of it. Zeros are multiplied like any number: sparsity is for reading the model.
 
-Departures from the paper, on purpose: q, k and v share one matrix, as in the release; RMSNorm has
-no gains (they fold into the next matrix); the sizes are a laptop's; the tokenizer has 512 tokens,
-learned on the spot.
+Departures from the paper, on purpose: q, k and v share one matrix and the gradient is always
+divided by its RMS, as in the release; RMSNorm has no gains (they fold into the next matrix); the
+sizes are a laptop's and the tokenizer has 512 tokens, learned on the spot. By default, because it
+learned more in ten minutes, AbsTopK is off (--afrac 1/4 is the paper's), positions are learned and
+weight decay is lower.
 """
 import argparse
 import ctypes
@@ -30,6 +33,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import sysconfig
@@ -153,7 +157,7 @@ def parallel(fn, items, threads=0):
 
 
 def unused(blocks, count):
-    """The first of the blocks whose reference count, as seen here, is `count`; None without one."""
+    """The first of the blocks whose reference count, as seen here, is `count`, or None."""
     for block in blocks:
         if sys.getrefcount(block) == count:
             return block
@@ -161,7 +165,8 @@ def unused(blocks, count):
 
 
 class _Recycler(threading.local):
-    """This thread's memory blocks by size. A block is free when only its list refers to it."""
+    """What `empty` takes its memory from; skip it on a first reading. This thread's blocks by
+    size; one is free when only its list refers to it."""
     # The count of such a block differs between versions of Python, so it is measured.
     free = next(n for n in range(1, 9) if unused([np.empty(1)], n) is not None)
 
@@ -170,7 +175,7 @@ class _Recycler(threading.local):
 
     def take(self, n_bytes):
         """A free block of at least n_bytes."""
-        size = 1 << max(6, (n_bytes - 1).bit_length())  # a power of two, or halfway below it
+        size = 1 << max(6, (n_bytes - 1).bit_length())  # rounded up to 2^n or to 3/4 of it
         size = size * 3 // 4 if n_bytes <= size * 3 // 4 else size
         block = unused(self.blocks[size], self.free)
         if block is None:
@@ -230,7 +235,8 @@ class Config:
 
 
     density: float = flag(1 / 8, "sparsity", "share of nonzero weights in every matrix; 1: dense")
-    embed_density: float = flag(0.0, "sparsity", "the same for embeddings; 0: 4 x density")
+    embed_density: float = flag(0.0, "sparsity", "the same for embeddings; 0: 4 x density, the "
+                                "release's rule")
     min_per_neuron: int = flag(4, "sparsity", "nonzero weights every neuron and channel keeps (j)")
     sparse_bias: bool = flag(False, "sparsity", "biases are sparsified too")
     anneal_start: float = flag(0.01, "sparsity", "share of training before density falls from 1")
@@ -238,7 +244,8 @@ class Config:
 
     steps: int = flag(16000, "training", "optimizer steps")
     batch_size: int = flag(8, "training", "sequences a step")
-    lr: float = flag(0.024, "training", "peak learning rate, at the final density")
+    lr: float = flag(0.016, "training", "learning rate, before warm-up, decay and sharkfin; these "
+                     "make half of it the largest used")
     warmup: float = flag(0.01, "training", "share of training with rising learning rate")
     sharkfin: bool = flag(True, "training", "learning rate x sqrt(final density / density now)")
     beta1: float = flag(0.9, "training", "Adam: decay of the mean gradient")
@@ -252,9 +259,10 @@ class Config:
     data: str = flag("stdlib", "data", "files or folders, separated by commas; 'stdlib' is the "
                      "Python standard library's source")
     idioms: float = flag(0.6, "data", "share of the batches drawn from generated simple idioms")
-    max_mb: float = flag(0.0, "data", "read at most this many megabytes of each source; 0: all")
+    max_mb: float = flag(0.0, "data", "read about this many megabytes of each source; 0: all")
 
-    threads: int = flag(0, "running", "threads; 0: one a core. The result does not depend on it")
+    threads: int = flag(0, "running", "threads; 0: one a core. The result does not depend on it, "
+                        "and a small batch has work for few")
     out: str = flag("out/sparse.npz", "running", "checkpoint; out/dense.npz with --dense, "
                     "out/quick.npz with --quick")
     dtype: str = flag("float32", "running", "float64 is for checks",
@@ -295,7 +303,7 @@ class Config:
     def shards(self):
         """Parts a batch is cut into, one a thread: fixed by the config, so that sums never depend
         on the machine. At least 512 tokens each keep the products efficient, at most 64 M
-        gradients keep memory small."""
+        gradients over all of them keep memory small."""
         if xp is not np:
             return 1
         tokens = self.batch_size * self.n_ctx
@@ -322,10 +330,14 @@ def source_files(source):
     if not root.is_dir():
         raise UserError(f"--data {source}: no such file or folder")
     files = []
-    for folder, subfolders, names in os.walk(root):
+    def unreadable(e):
+        raise UserError(f"--data {source}: cannot read {e.filename}: {e.strerror}") from e
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
         if source == "stdlib":
             subfolders[:] = [d for d in subfolders if d not in SKIP]
-        files += [Path(folder, n) for n in names if n.endswith(".py") or source != "stdlib"]
+        files += [path for path in (Path(folder, name) for name in names) if path.is_file()
+                  and (path.suffix == ".py" or source != "stdlib")]
     if not files:
         raise UserError(f"--data {source}: the folder holds no files")
     return sorted(files)
@@ -379,11 +391,15 @@ def is_validation(text):
 def split(texts):
     """(training documents, validation documents). Too few to fill both sides are cut at blank
     lines first."""
-    for texts in (texts, [part for t in texts for part in re.findall(r"(?s).+?(?:\n\n+|\Z)", t)]):
-        val = [t for t in texts if is_validation(t)]
-        if val and len(val) < len(texts):
-            return [t for t in texts if not is_validation(t)], val
-    raise UserError("--data: too little text to hold some out for validation; add more")
+    def by_side(docs):
+        return [d for d in docs if not is_validation(d)], [d for d in docs if is_validation(d)]
+
+    train, val = by_side(texts)
+    if not (train and val):
+        train, val = by_side(re.findall(r"(?s).+?(?:\n\n+|\Z)", "\n\n".join(texts)))
+    if not (train and val):
+        raise UserError("--data: too little text to hold some out for validation; add more")
+    return train, val
 
 
 # A word with the space before it, a digit, a run of punctuation, a newline with the indentation
@@ -491,8 +507,9 @@ def load_corpus(cfg, log=print):
     depends on has changed or the file is damaged. Raises UserError if a stream is too short to
     draw from."""
     texts = read_documents(cfg.data, cfg.max_mb, log)
-    n_bytes = min(IDIOM_BYTES, int(cfg.max_mb * 1e6) or IDIOM_BYTES)
+    n_bytes = min(IDIOM_BYTES, max(1, int(cfg.max_mb * 1e6))) if cfg.max_mb else IDIOM_BYTES
     key = hashlib.sha256(repr((FORMAT, cfg.vocab_size, n_bytes, cfg.idioms > 0)).encode())
+    # Whoever changes how the streams are made gets new ones: the source of it is part of the key.
     code = map(inspect.getsource, (tasks, Tokenizer, build_streams, idiom_documents, split,
                                    is_validation))
     for source in (PIECES.pattern, *code, *texts):
@@ -501,6 +518,7 @@ def load_corpus(cfg, log=print):
     try:
         corpus = read_corpus(cache)
     except UserError:  # none, stale or damaged: build it
+        log("data: reading and tokenizing, once; kept in " + str(cache.parent))
         streams = build_streams(texts, n_bytes if cfg.idioms else 0, cfg.vocab_size, log)
         write_npz(cache, streams)
         corpus = read_corpus(cache)
@@ -557,7 +575,7 @@ def draw_batch(streams, rng, n, n_ctx, idioms):
             starts = rng.integers(0, len(streams[name]) - n_ctx, count)
             rows.append(streams[name][starts[:, None] + np.arange(n_ctx + 1)])
     rows = np.concatenate(rows).astype(np.int64)
-    rng.shuffle(rows)  # so that every shard gets both kinds
+    rng.shuffle(rows)  # so that the shards are alike
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -608,8 +626,8 @@ def scatter_rows(ids, rows, out):  # [N], [N, C], [V, C]: the backward of gather
 
 def rmsnorm(x, eps=1e-5):  # [N, C] -> [N, C]
     """Each row divided by its root mean square; no gain (it folds into the next matrix)."""
-    scale = xp.einsum("nc,nc->n", x, x)[:, None]
-    scale = 1 / xp.sqrt(scale / x.shape[1] + eps)
+    squares = xp.einsum("nc,nc->n", x, x)[:, None]
+    scale = 1 / xp.sqrt(squares / x.shape[1] + eps)
     out = xp.multiply(x, scale, out=empty_like(x))
     return out, (out, scale)
 
@@ -679,7 +697,7 @@ def gelu(x):
     """
     bell = xp.multiply(x, x, out=empty_like(x))
     bell *= -0.5
-    xp.exp(bell, out=bell)
+    xp.exp(bell, out=bell)  # exp(-x*x/2)
     if x.dtype == np.float32:
         t = xp.abs(x, out=empty_like(x))
         t *= 0.3275911 / math.sqrt(2)
@@ -689,9 +707,9 @@ def gelu(x):
         for a in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
             half += 0.5 * a
             half *= t
-        half *= bell  # the tail 1 - Phi(|x|)
+        half *= bell  # the tail, 1 - Phi(|x|)
         xp.subtract(0.5, half, out=half)
-        xp.copysign(half, x, out=half)
+        xp.copysign(half, x, out=half)  # Phi(x) - 1/2
     else:
         z = xp.clip(x, -9, 9)  # erf is 1 to the last bit beyond
         term = z / math.sqrt(2 * math.pi)
@@ -703,7 +721,7 @@ def gelu(x):
     half += 0.5  # Phi(x)
     out = xp.multiply(x, half, out=empty_like(x))
     bell *= x
-    bell *= 1 / math.sqrt(2 * math.pi)
+    bell *= 1 / math.sqrt(2 * math.pi)  # x * phi(x)
     half += bell
     return out, half
 
@@ -807,6 +825,70 @@ def cross_entropy_backward(dout, cache):  # [N] -> [N, V]; writes over its cache
     return p
 
 
+# ---- parameters: one flat buffer with named views -----------------------------------------------
+
+def shapes(cfg):
+    """{name: shape} of every parameter, in the order of the flat buffer. Matrices are [in,
+    out]."""
+    C, V, out = cfg.d_model, cfg.vocab_size, {"wte": (cfg.vocab_size, cfg.d_model)}
+    if cfg.positions:
+        out["wpe"] = (cfg.n_ctx, C)
+    for i in range(cfg.n_layer):
+        h = f"h{i}."
+        out |= {h + "attn.wqkv": (C, 3 * C), h + "attn.bqkv": (3 * C,)}
+        if cfg.sink:
+            out[h + "attn.sink"] = (C // cfg.d_head,)
+        out |= {h + "attn.wo": (C, C), h + "attn.bo": (C,), h + "mlp.wfc": (C, 4 * C),
+                h + "mlp.bfc": (4 * C,), h + "mlp.wproj": (4 * C, C), h + "mlp.bproj": (C,)}
+    out |= {"head.w": (C, V), "head.b": (V,)}
+    if cfg.bigram:
+        out["bigram"] = (V, V)
+    return out
+
+
+def n_params(cfg):
+    """The number of parameters, zeros included."""
+    return sum(map(math.prod, shapes(cfg).values()))
+
+
+def views(flat, cfg):
+    """{name: array} of views into a flat buffer of n_params(cfg) numbers."""
+    out, start = {}, 0
+    for name, shape in shapes(cfg).items():
+        out[name] = flat[start:start + math.prod(shape)].reshape(shape)
+        start += math.prod(shape)
+    return out
+
+
+def chunks(n):
+    """Slices that cover range(n), small enough for a core's cache (a GPU takes all at once)."""
+    size = 1 << 16 if xp is np else n
+    return [slice(i, min(n, i + size)) for i in range(0, n, size)]
+
+
+def is_matrix(name):
+    """Whether a parameter is one of the matrices that are made sparse and decayed."""
+    return name in ("wte", "wpe") or ".w" in name
+
+
+def init_flat(cfg):
+    """The flat buffer behind `init_params`. Drawn by NumPy on the host, so both backends start
+    alike."""
+    rng, flat = np.random.default_rng(cfg.seed), np.zeros(n_params(cfg), cfg.dtype)
+    for name, w in views(flat, cfg).items():
+        if is_matrix(name):
+            w[...] = 0.02 * rng.standard_normal(w.shape)
+            if name.endswith(("attn.wo", "mlp.wproj")):
+                w /= math.sqrt(2 * cfg.n_layer)
+    return xp.asarray(flat)
+
+
+def init_params(cfg):
+    """Fresh parameters: N(0, 0.02), the two output projections divided by sqrt(2 n_layer), all
+    else 0 (paper A.1)."""
+    return views(init_flat(cfg), cfg)
+
+
 # ---- the model ----------------------------------------------------------------------------------
 
 def node(x, k, hook, *places):  # [N, len(places) * C] -> the same
@@ -832,11 +914,12 @@ def node_backward(dout, cache):
 
 def check_ids(ids, cfg):
     """Raise ValueError unless ids is an integer array [B, T], T <= n_ctx, of token ids."""
-    kind = getattr(ids, "dtype", type(ids))
-    if getattr(kind, "kind", "") not in ("i", "u"):
-        raise ValueError(f"ids must be an array of integers, not {kind}")
+    dtype = getattr(ids, "dtype", None)
+    if dtype is None or dtype.kind not in "iu":
+        raise ValueError(f"ids must be an array of integers, not {dtype or type(ids)}")
     if ids.ndim != 2 or 0 in ids.shape or ids.shape[1] > cfg.n_ctx:
         raise ValueError(f"ids must be [B, T] with 1 <= T <= {cfg.n_ctx}, not {list(ids.shape)}")
+    # Ids that are on a GPU already are not looked at: that would keep it waiting.
     if isinstance(ids, np.ndarray) and not 0 <= ids.min() <= ids.max() < cfg.vocab_size:
         raise ValueError(f"token ids must be in 0..{cfg.vocab_size - 1}, "
                          f"not {ids.min()}..{ids.max()}")
@@ -890,7 +973,7 @@ def backward(dlogits, cache, cfg, grads=None):
     skips the gradients of weights and only runs the hook's backward (half of the work).
     """
     g, C, dy = grads or {}, cfg.d_model, dlogits.reshape(-1, cfg.vocab_size)
-    if cfg.bigram and grads:
+    if cfg.bigram and grads:  # cache[0], the embedding's, is the ids
         scatter_rows(cache[0].reshape(-1), dy, g["bigram"])
     dy = linear_backward(dy, cache.pop(), g.get("head.w"), g.get("head.b"))
     dy = node_backward(dy, cache.pop())
@@ -953,7 +1036,7 @@ def loss_and_grads(params, ids, targets, cfg, work=None):
     losses = parallel(shard, range(n), cfg.threads)
     if n > 1:
         parallel(add_up, chunks(work.shape[1]), cfg.threads)
-    return sum(losses[1:], losses[0]), views(work[0], cfg)
+    return sum(losses), views(work[0], cfg)
 
 
 def evaluate(params, streams, cfg, n):
@@ -971,70 +1054,6 @@ def evaluate(params, streams, cfg, n):
     return out
 
 
-# ---- parameters: one flat buffer with named views -----------------------------------------------
-
-def shapes(cfg):
-    """{name: shape} of every parameter, in the order of the flat buffer. Matrices are [in,
-    out]."""
-    C, V, out = cfg.d_model, cfg.vocab_size, {"wte": (cfg.vocab_size, cfg.d_model)}
-    if cfg.positions:
-        out["wpe"] = (cfg.n_ctx, C)
-    for i in range(cfg.n_layer):
-        h = f"h{i}."
-        out |= {h + "attn.wqkv": (C, 3 * C), h + "attn.bqkv": (3 * C,)}
-        if cfg.sink:
-            out[h + "attn.sink"] = (C // cfg.d_head,)
-        out |= {h + "attn.wo": (C, C), h + "attn.bo": (C,), h + "mlp.wfc": (C, 4 * C),
-                h + "mlp.bfc": (4 * C,), h + "mlp.wproj": (4 * C, C), h + "mlp.bproj": (C,)}
-    out |= {"head.w": (C, V), "head.b": (V,)}
-    if cfg.bigram:
-        out["bigram"] = (V, V)
-    return out
-
-
-def n_params(cfg):
-    """The number of parameters, zeros included."""
-    return sum(map(math.prod, shapes(cfg).values()))
-
-
-def views(flat, cfg):
-    """{name: array} of views into a flat buffer of n_params(cfg) numbers."""
-    out, start = {}, 0
-    for name, shape in shapes(cfg).items():
-        out[name] = flat[start:start + math.prod(shape)].reshape(shape)
-        start += math.prod(shape)
-    return out
-
-
-def chunks(n):
-    """Slices that cover range(n), small enough for a core's cache (a GPU takes all at once)."""
-    size = 1 << 16 if xp is np else n
-    return [slice(i, min(n, i + size)) for i in range(0, n, size)]
-
-
-def is_matrix(name):
-    """Whether a parameter is one of the matrices that are made sparse and decayed."""
-    return name in ("wte", "wpe", "head.w") or ".w" in name
-
-
-def init_flat(cfg):
-    """The flat buffer behind `init_params`. Drawn by NumPy on the host, so both backends start
-    alike."""
-    rng, flat = np.random.default_rng(cfg.seed), np.zeros(n_params(cfg), cfg.dtype)
-    for name, w in views(flat, cfg).items():
-        if is_matrix(name):
-            w[...] = 0.02 * rng.standard_normal(w.shape)
-            if name.endswith(("attn.wo", "mlp.wproj")):
-                w /= math.sqrt(2 * cfg.n_layer)
-    return xp.asarray(flat)
-
-
-def init_params(cfg):
-    """Fresh parameters: N(0, 0.02), the two output projections divided by sqrt(2 n_layer), all
-    else 0 (paper A.1)."""
-    return views(init_flat(cfg), cfg)
-
-
 # ---- the optimizer and the sparsity (paper A.2) -------------------------------------------------
 
 def target_density(name, cfg):
@@ -1048,7 +1067,7 @@ def target_density(name, cfg):
 def annealed(target, step, cfg):
     """The density at a step: 1 until anneal_start, then linearly down to the target at
     anneal_end."""
-    start, end = cfg.anneal_start * cfg.steps, cfg.anneal_end * cfg.steps
+    start, end = cfg.anneal_start * cfg.steps, min(cfg.anneal_end * cfg.steps, cfg.steps - 1)
     done = 1.0 if step >= end else 0.0 if step <= start else (step - start) / (end - start)
     return 1 + (target - 1) * done
 
@@ -1078,8 +1097,9 @@ def learning_rate(step, cfg):
 
 def kth_largest(bits, k):
     """The k-th largest of a flat array of non-negative integers."""
-    if xp is np and len(bits) > 4096:  # sort a sample, partition only what may be over: 4 x faster
-        bound = np.sort(bits[::64])[-(k + k // 2) // 64 - 32:][:1]
+    if xp is np and len(bits) > 4096:  # 4 times faster: partition only what may be among the k
+        sample = np.sort(bits[::64])
+        bound = sample[-min(len(sample), k * 3 // 2 // 64 + 32)]  # about 1.5 k entries reach it
         over = bits[bits >= bound]
         bits = over if len(over) >= k else bits
     return xp.partition(bits, len(bits) - k)[len(bits) - k]
@@ -1109,20 +1129,20 @@ def keep_largest(w, k, j=0, axis=None):
     mask = choose()
     if j and bool((mask.sum(1 - axis) < j).any()):
         rows, each = xp.array(bits if axis == 0 else bits.T, order="C"), xp.arange(w.shape[axis])
-        for _ in range(j):  # lift every neuron's j largest over all the others, then choose again
+        for _ in range(j):  # give each neuron's j largest the highest rank of all, choose again
             best = rows.argmax(1)
-            rows[each, best] = -1
+            rows[each, best] = -1  # so that the next round finds the next
             bits[(each, best) if axis == 0 else (best, each)] = np.iinfo(bits.dtype).max
         mask = choose()
     w *= mask
 
 
 def adam_step(flat, m, v, work, step, cfg):
-    """Scale the gradient in work[0] by its RMS over all parameters, then Adam; all in place,
-    nothing allocated."""
+    """Scale the gradient in work[0] by its RMS over all parameters, then Adam. All in place, the
+    gradient is used up, nothing is allocated."""
     g = work[0]
     squares = parallel(lambda part: xp.dot(g[part], g[part]), chunks(len(g)), cfg.threads)
-    rms = xp.sqrt(sum(squares[1:], squares[0]) / len(g))
+    rms = xp.sqrt(sum(squares) / len(g))
     scale = {"divide": 1 / xp.maximum(rms, 1e-20), "clip": 1 / xp.maximum(rms, 1),
              "none": xp.ones_like(rms)}[cfg.grad_scale].astype(g.dtype)
     rate = learning_rate(step, cfg) / (1 - cfg.beta1 ** (step + 1))
@@ -1132,18 +1152,18 @@ def adam_step(flat, m, v, work, step, cfg):
         gp, mp, vp = g[part], m[part], v[part]
         t = xp.multiply(gp, scale * (1 - cfg.beta1), out=empty_like(gp))
         mp *= cfg.beta1
-        mp += t
+        mp += t  # the mean gradient
         gp *= scale
         gp *= gp
         gp *= 1 - cfg.beta2
         vp *= cfg.beta2
-        vp += gp
+        vp += gp  # the mean square
         xp.multiply(vp, unbias, out=t)
         xp.sqrt(t, out=t)
         t += cfg.eps
         xp.divide(mp, t, out=t)
         t *= rate
-        flat[part] -= t
+        flat[part] -= t  # zeroed weights too: they can come back
 
     parallel(update, chunks(len(g)), cfg.threads)
 
@@ -1180,16 +1200,15 @@ def write_npz(path, arrays):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            with os.fdopen(handle, "wb") as f:
+            with open(temporary, "wb") as f:
                 np.savez(f, **arrays)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
@@ -1240,7 +1259,7 @@ def load_all(path):
         cfg = Config(**json.loads(str(arrays.pop("config"))))
         tok = Tokenizer(arrays.pop("merges").reshape(-1, 2))
         flat = arrays.pop("params")
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
         raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}: {e})") from e
     for name, array in [("params", flat), *((n, arrays[n]) for n in ("m", "v") if n in arrays)]:
         if array.shape != (n_params(cfg),) or array.dtype != cfg.dtype:
@@ -1278,16 +1297,20 @@ def deciding_tokens(tok, prompt, right, wrong):
 
 
 def task_batch(tok, pairs, n_ctx):
-    """Both prompts of every pair as a TaskBatch, one after the other. Pairs that do not fit the
-    context are left out. Raises ValueError if that leaves none."""
+    """Both prompts of every pair as a TaskBatch, one after the other. A pair that does not fit the
+    context, or that no token of this tokenizer decides, is left out. Raises ValueError if that
+    leaves none."""
     rows = []
     for pair in pairs:
-        two = [deciding_tokens(tok, pair.prompts[i], pair.answers[i], pair.answers[1 - i])
-               for i in (0, 1)]
+        try:
+            two = [deciding_tokens(tok, pair.prompts[i], pair.answers[i], pair.answers[1 - i])
+                   for i in (0, 1)]
+        except ValueError:
+            continue
         if max(len(context) for context, _, _ in two) <= n_ctx:
             rows += two
     if not rows:
-        raise ValueError(f"no prompt fits the context of {n_ctx} tokens")
+        raise ValueError(f"no prompt is of use with this tokenizer and a context of {n_ctx}")
     ids = np.full((len(rows), max(len(context) for context, _, _ in rows)), tok.EOT, np.int64)
     for row, (context, _, _) in zip(ids, rows):
         row[:len(context)] = context
@@ -1316,7 +1339,7 @@ def score(logits, batch):  # [n, V] at the deciding position, host arrays
 
 def evaluate_tasks(model, n=100, seed=0, split="eval"):
     """{task: Score} of a Model on n prompt pairs of each of the twenty tasks (paper Table 1). A
-    task whose prompts are all longer than the context is left out."""
+    task of which `task_batch` can use no prompt is left out."""
     params, cfg, tok = model
 
     def one(task):
@@ -1337,7 +1360,7 @@ def evaluate_tasks(model, n=100, seed=0, split="eval"):
 
 def sample(model, prompt="", n=200, temperature=0.8, seed=0):
     """The prompt continued by n tokens, or up to the end of the document. temperature 0 takes the
-    likeliest."""
+    likeliest. Every token runs the whole context again: short, and fast enough here."""
     params, cfg, tok = model
     rng, ids = np.random.default_rng(seed), [tok.EOT] + tok.encode(prompt)
     known = 257 + len(tok.merges)  # a small corpus may teach fewer than the model has room for
@@ -1356,16 +1379,19 @@ def sample(model, prompt="", n=200, temperature=0.8, seed=0):
 def partial_path(out):
     """Where an unfinished run keeps its state: the finished checkpoint is replaced by a finished
     run only."""
-    return Path(out).with_suffix(".partial.npz")
+    return Path(f"{out}.partial")
 
 
 def check_writable(path):
-    """Raise UserError now, not after training, if a file cannot be put there."""
+    """Raise UserError now, not after training, if a file cannot be put there, or if one is there
+    that is not a checkpoint."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise UserError(f"--out {path} is a folder; name a file in it")
+        if path.exists() and not (path.is_file() and zipfile.is_zipfile(path)):
+            raise UserError(f"--out {path} is there and is no checkpoint; take another name")
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as e:
         raise UserError(f"--out {path}: cannot write there: {e.strerror}") from e
@@ -1378,7 +1404,8 @@ def resume_state(cfg, digest):
     if not path.exists():
         raise UserError(f"no unfinished run at {path} to resume; start one without --resume")
     model, extra = load_all(path)
-    if not {"m", "v", "step", "digest"} <= extra.keys():
+    if not {"m", "v", "step", "digest"} <= extra.keys() or extra["step"].ndim or not (
+            extra["step"].dtype.kind == "i" and 0 <= extra["step"] <= cfg.steps):
         raise UserError(f"{path} is not the state of an unfinished run")
     same = dict(threads=0, out="")  # the two fields that a resumed run may change
     if dataclasses.replace(model.cfg, **same) != dataclasses.replace(cfg, **same):
@@ -1404,6 +1431,9 @@ def train(cfg, resume=False, log=print):
     if resume:
         flat, m, v, start = resume_state(cfg, corpus.digest)
         log(f"resuming at step {start} of {cfg.steps}")
+    elif partial_path(cfg.out).exists():
+        raise UserError(f"{partial_path(cfg.out)} holds an unfinished run; go on with it "
+                        "(--resume) or delete it")
     else:
         flat, start = init_flat(cfg), 0
         m, v = xp.zeros_like(flat), xp.zeros_like(flat)
@@ -1437,9 +1467,9 @@ def train(cfg, resume=False, log=print):
         for step in range(start, cfg.steps):
             rng = np.random.default_rng((cfg.seed, step))  # of the step alone: a run can resume
             ids, targets = draw_batch(corpus.train, rng, cfg.batch_size, cfg.n_ctx, cfg.idioms)
-            loss, _ = loss_and_grads(params, ids, targets, cfg, work)
-            adam_step(flat, m, v, work, step, cfg)
-            sparsify(params, step, cfg)
+            loss, _ = loss_and_grads(params, ids, targets, cfg, work)  # gradient, into work[0]
+            adam_step(flat, m, v, work, step, cfg)                     # its scaling, Adam
+            sparsify(params, step, cfg)                                # top-k, decay
             losses.append(loss)  # read only below: a GPU is not kept waiting
             done = step + 1
             if done == 1 and start == 0:
@@ -1455,7 +1485,8 @@ def train(cfg, resume=False, log=print):
                 if stop.is_set():
                     save_state(done)
                     raise KeyboardInterrupt(f"saved step {done} of {cfg.steps}; go on with: "
-                                            f"python sparsegpt.py --resume --out {cfg.out}")
+                                            "python sparsegpt.py --resume --out "
+                                            f"{shlex.quote(cfg.out)}")
                 now = time.perf_counter()
                 rate = len(losses) * ids.size / (now - last_line)
                 val = mean_loss(evaluate(params, corpus.val, cfg, 32), cfg)
@@ -1518,7 +1549,7 @@ def report(model, log=print):
     under = {level: sum(s.binary < level for s in scores.values()) for level in (0.05, 0.15)}
     log(f"binary loss under 0.05 on {under[0.05]}, under 0.15 on {under[0.15]} of "
         f"{len(tasks.TASKS)} tasks")
-    log("\nsample after 'def ':\n    " + sample(model, "def ").replace("\n", "\n    "))
+    log("\nsample after 'def':\n    " + sample(model, "def").replace("\n", "\n    "))
     log(f"\n{'matrix':<16} {'shape':>12} {'nonzero':>9} {'density':>8}")
     for name, w in model.params.items():
         if is_matrix(name):
@@ -1530,10 +1561,11 @@ def report(model, log=print):
 
 def gradcheck(log=print):
     """Print each parameter's analytic and numeric derivative along a random direction, in float64,
-    for a tiny model with every option on. Returns the largest relative error."""
-    cfg = Config(d_model=32, n_layer=2, d_head=8, n_ctx=16, vocab_size=300, batch_size=3,
-                 positions=True, dtype="float64", threads=1)
-    rng, flat = np.random.default_rng(1), init_flat(cfg)
+    for a tiny model: AbsTopK, sinks, positions, bigram table and two query blocks. Returns the
+    largest relative error."""
+    cfg = Config(d_model=32, n_layer=2, d_head=8, n_ctx=80, vocab_size=300, batch_size=3,
+                 afrac=0.25, positions=True, dtype="float64", threads=1)
+    rng, flat = np.random.default_rng(2), init_flat(cfg)  # with a seed at which no kept set changes
     flat += xp.asarray(0.3 * rng.standard_normal(len(flat)))  # gradients well above rounding
     ids = rng.integers(0, cfg.vocab_size, (3, cfg.n_ctx + 1))
 
@@ -1542,7 +1574,7 @@ def gradcheck(log=print):
 
     _, grads = run()
     log(f"{'parameter':<16} {'shape':>12} {'analytic':>16} {'numeric':>16} {'relative':>9}")
-    worst, h = 0.0, 1e-6  # small, so that no entry of an AbsTopK changes places on the way
+    worst, h = 0.0, 2e-6  # small, so that no entry of an AbsTopK changes places on the way
     for name, w in views(flat, cfg).items():
         way = xp.asarray(rng.standard_normal(w.shape))
         analytic, former, at = float((grads[name] * way).sum()), w.copy(), []
@@ -1639,8 +1671,8 @@ def bench(cfg, log=print):
 
 # ---- command line -------------------------------------------------------------------------------
 
-DENSE = dict(density=1.0, out="out/dense.npz")
-QUICK = dict(n_layer=1, d_model=64, steps=150, batch_size=16, max_mb=0.3, out="out/quick.npz")
+DENSE = dict(density=1.0, lr=0.0057, out="out/dense.npz")  # the sparse run's rate at its start
+QUICK = dict(n_layer=1, d_model=64, steps=1000, max_mb=0.3, out="out/quick.npz")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1658,11 +1690,12 @@ def make_parser():
     """One flag for each Config field, in its groups, and the modes. Flags not given are absent."""
     parser = Parser(description="Train a weight-sparse transformer, in about ten minutes.",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    modes = parser.add_argument_group("what to do (default: train)")
-    for name, text in [("dense", "train the dense twin instead"),
-                       ("quick", "a tiny model, the whole path in seconds"),
-                       ("resume", "go on with the interrupted run of --out"),
-                       ("gradcheck", "check every gradient numerically"),
+    presets = parser.add_argument_group("presets")
+    presets.add_argument("--dense", action="store_true", help="the dense twin")
+    presets.add_argument("--quick", action="store_true", help="a tiny model, all done in seconds")
+    modes = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
+    for name, text in [("resume", "go on with the interrupted run of --out"),
+                       ("gradcheck", "check every gradient of a tiny model numerically"),
                        ("bench", "time a training step on this machine")]:
         modes.add_argument(f"--{name}", action="store_true", help=text)
     modes.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model --out")
@@ -1702,7 +1735,8 @@ def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a check that failed, 2 for a mistake,
     130 for Ctrl-C."""
     given = vars(make_parser().parse_args(argv))
-    sys.stdout.reconfigure(errors="backslashreplace")  # a sample may hold what a console lacks
+    if sys.stdout:  # a sample may hold what a console lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         device = use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
         cfg = configure(given)
@@ -1715,16 +1749,25 @@ def main(argv=None):
         if "bench" in given:
             bench(cfg)
             return 0
-        print("config: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+        resolved = dict(dataclasses.asdict(cfg), embed_density=target_density("wte", cfg),
+                        threads=cfg.threads or n_cores())
+        print("config: " + " ".join(f"{name}={value}" for name, value in resolved.items()))
         model = train(cfg, "resume" in given)
         report(model)
-        print(f"\nnext: python sparsegpt.py --sample 'def f(' --out {cfg.out}")
+        print(f"\nnext: python sparsegpt.py --sample 'def f(' --out {shlex.quote(cfg.out)}")
         return 0
-    except (UserError, FloatingPointError) as e:
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        print("sparsegpt.py: error: not enough memory; lower --d_model, --n_ctx or --batch_size",
+              file=sys.stderr)
+        return 2
+    except (UserError, FloatingPointError, OSError) as e:
         print(f"sparsegpt.py: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print(f"\ninterrupted; {e if e.args else 'nothing was saved'}", file=sys.stderr)
+        print("interrupted" + (f"; {e}" if e.args else ""), file=sys.stderr)
         return 130
 
 

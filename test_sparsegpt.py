@@ -399,7 +399,7 @@ def tiny(**more):
     return sg.Config(**{**dict(
         n_layer=2, d_model=16, d_head=4, n_ctx=8, vocab_size=280, batch_size=4, steps=12,
         afrac=0.5, density=0.25, min_per_neuron=2, positions=True, idioms=0.0,
-        dtype="float64", threads=1, data="prose.txt", out="model.npz"), **more})
+        weight_decay=0.1, dtype="float64", threads=1, data="prose.txt", out="model.npz"), **more})
 
 
 def drawn(cfg, seed, T=None):
@@ -722,7 +722,7 @@ def test_density_falls_linearly_from_one_to_its_target(steps, ends, target):
     """Annealing: 1 before it starts, a straight line, the target from its end on."""
     cfg = tiny(steps=steps, anneal_start=ends[0], anneal_end=ends[1])
     seen = np.array([sg.annealed(target, step, cfg) for step in range(steps + 1)])
-    start, end = ends[0] * steps, ends[1] * steps
+    start, end = ends[0] * steps, min(ends[1] * steps, steps - 1)  # the last step is at the target
     for step, density in enumerate(seen):
         part = 1.0 if step >= end else 0.0 if step <= start else (step - start) / (end - start)
         assert density == pytest.approx(1 - (1 - target) * part, abs=1e-12)
@@ -1460,13 +1460,13 @@ def files():
     ("--sample x --out none.npz", "none.npz"), ("--sample x --out garbage.npz", "garbage.npz"),
     ("--sample x --out cut.npz", "cut.npz"), ("--sample x --out hollow", "hollow"),
     ("--resume --out none.npz", "no unfinished run"), ("--resume --lr 0.5 --out run.npz", "--lr"),
-    ("--resume --out cut.npz", "cut.partial.npz")])
+    ("--resume --out cut.npz", "cut.npz.partial")])
 def test_wrong_input_is_one_line_and_status_two(line, said, prose, capsys):
     """No traceback, nothing written over, and the line names what is wrong."""
     whole = checkpoint_bytes()
     Path("hollow").mkdir()
     write({"binary/a": b"\xff\xfe", "short.txt": b"x", "garbage.npz": b"PK\x03\x04!",
-           "cut.npz": whole[:-99], "cut.partial.npz": whole[:999], "run.partial.npz": whole,
+           "cut.npz": whole[:-99], "cut.npz.partial": whole[:999], "run.npz.partial": whole,
            "model.npz": whole})
     before = files()
     base = [] if "--sample" in line or "--resume" in line else flags()
