@@ -1460,7 +1460,9 @@ def files():
     ("--sample x --out none.npz", "none.npz"), ("--sample x --out garbage.npz", "garbage.npz"),
     ("--sample x --out cut.npz", "cut.npz"), ("--sample x --out hollow", "hollow"),
     ("--resume --out none.npz", "no unfinished run"), ("--resume --lr 0.5 --out run.npz", "--lr"),
-    ("--resume --out cut.npz", "cut.npz.partial")])
+    ("--resume --out cut.npz", "cut.npz.partial"), ("--out run.npz", "unfinished run"),
+    ("--out short.txt", "no checkpoint"), ("--data prose.txt,,", "empty path"),
+    ("--sample x --bench", "not allowed with")])
 def test_wrong_input_is_one_line_and_status_two(line, said, prose, capsys):
     """No traceback, nothing written over, and the line names what is wrong."""
     whole = checkpoint_bytes()
@@ -1469,7 +1471,7 @@ def test_wrong_input_is_one_line_and_status_two(line, said, prose, capsys):
            "cut.npz": whole[:-99], "cut.npz.partial": whole[:999], "run.npz.partial": whole,
            "model.npz": whole})
     before = files()
-    base = [] if "--sample" in line or "--resume" in line else flags()
+    base = [] if "--sample" in line or "--resume" in line else flags()  # of --out model.npz
     status, _, err = run_main(capsys, *base, *line.split())
     assert status == 2 and err.count("\n") == 1 and "Traceback" not in err
     assert said in err
