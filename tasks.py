@@ -8,7 +8,7 @@ Python. The two prompts differ only in what decides the answer:
 
 `idiom` strings random sides together into training documents; `pairs` keeps the prompts and the
 answers and drops the rest. No test can be answered from memory, because names and words are dealt
-out to three splits (train, eval, held) that share none of them.
+out to three splits (train, eval, held) that share none of them; training has made-up ones too.
 
     python tasks.py                        three pairs of every task
     python tasks.py var_swap --n 10        ten pairs of one
@@ -66,8 +66,8 @@ NOUN_CUES = (("input", "output"), ("source", "target"), ("reader", "writer"))
 def invented(n: int) -> list[str]:
     """n different made-up words, like `zoboy` or `dasing`, none of them in the lists above.
 
-    Training draws most of its names and words from these. From a few dozen real ones a model learns
-    what follows each of them, not what follows a name, and fails on the names of the tests.
+    Training draws most of its names and words from these. From a few dozen real ones a model
+    learns what follows each of them, not what follows a name, and fails on those of the tests.
     """
     rng, found, known = random.Random(0), {}, {*NAMES, *WORDS, *VERBS}
     while len(found) < n:
@@ -105,7 +105,7 @@ class Writer:
         self.rng, self.choice = rng, rng.choice
         self.words, self.verbs = WORDS[SPLITS.index(split)::3], VERBS[SPLITS.index(split)::3]
         groups = NAME_GROUPS[split]
-        if split == "train" and rng.random() < 0.8:  # a few real ones among them, for their lengths
+        if split == "train" and rng.random() < 0.8:  # now and then real ones, as in real code
             self.words = self.verbs = rng.sample(INVENTED, 20)
             groups = INVENTED_GROUPS
         self.scope = [rng.choice(group) for group in rng.sample(groups, 8)]
@@ -274,7 +274,7 @@ def bracket_brace(w):
 
 
 def set_or_string(w, name=None):
-    """Sets grow by `.add`, strings by `+=`: `x = set() … x` -> `.add`, `x = "" … x` -> ` +=`."""
+    """Sets grow by `.add`, strings by `+=`: `x = set() .. x` -> `.add`, `x = "" .. x` -> ` +=`."""
     x, y, z, other = w.names(4)
     # The lines in between change neither variable nor type: the cue is the first line alone.
     x, empty = name or x, w.pick('""', "''")
@@ -335,7 +335,7 @@ def with_as(w):
 
 
 def with_open(w):
-    """The mode suits the aim: `# load it … open(p, "` -> `r`, `# save it … open(p, "` -> `w`."""
+    """The mode suits the aim: `# load it .. open(p, "` -> `r`, `# save it .. open(p, "` -> `w`."""
     x, y, path = w.names(3)
     # The prompt ends inside the quotes, as ` "r"` and ` "w"` would begin with the same token.
     quote, word, file, sides = w.pick('"', '"', "'"), w.choice(w.words), w.file(), []
