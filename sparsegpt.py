@@ -1546,6 +1546,8 @@ def report(model, log=print):
     scores = evaluate_tasks(model)
     for name, s in scores.items():
         log(f"{name:<28} {s.binary:8.4f} {s.full:8.4f} {s.accuracy:7.1%}")
+    if missing := [name for name in tasks.TASKS if name not in scores]:
+        log("not scored, as no prompt fits the context: " + ", ".join(missing))
     under = {level: sum(s.binary < level for s in scores.values()) for level in (0.05, 0.15)}
     log(f"binary loss under 0.05 on {under[0.05]}, under 0.15 on {under[0.15]} of "
         f"{len(tasks.TASKS)} tasks")
