@@ -141,9 +141,9 @@ def parallel(fn, items, threads=0):
     meanwhile.
 
     NumPy's elementwise work runs on one core and leaves the interpreter free, so whole shards of a
-    batch, one a thread, beat a threaded BLAS (by 1.6 times at width 128 on two cores). What an
-    item computes does not depend on the thread that it runs on, so results are the same, bit for
-    bit, for any number of threads.
+    batch go one to a thread; the matrix products alone run 1.2 times faster so than on a threaded
+    BLAS (width 128, two cores). What an item computes does not depend on the thread that it runs
+    on, so results are the same, bit for bit, for any number of threads.
     """
     size = threads or n_cores()
     before = set_blas_threads(1)
@@ -651,7 +651,7 @@ def linear_backward(dout, cache, dw=None, db=None):
     x, w = cache
     if dw is not None:
         xp.matmul(x.T, dout, out=dw)
-        xp.matmul(xp.ones(len(dout), dout.dtype), dout, out=db)  # 3 times faster than .sum(0)
+        xp.matmul(xp.ones(len(dout), dout.dtype), dout, out=db)  # 2 to 3 times as fast as .sum(0)
     return xp.matmul(dout, w.T, out=empty_like(x))
 
 
@@ -1097,7 +1097,7 @@ def learning_rate(step, cfg):
 
 def kth_largest(bits, k):
     """The k-th largest of a flat array of non-negative integers."""
-    if xp is np and len(bits) > 4096:  # 4 times faster: partition only what may be among the k
+    if xp is np and len(bits) > 4096:  # partition less: 4 times faster at 1/64
         sample = np.sort(bits[::64])
         bound = sample[-min(len(sample), k * 3 // 2 // 64 + 32)]  # about 1.5 k entries reach it
         over = bits[bits >= bound]
