@@ -624,6 +624,18 @@ def scatter_rows(ids, rows, out):  # [N], [N, C], [V, C]: the backward of gather
         np.dot(ones[i:j], rows[i:j], out=out[v])  # 5 times faster than np.add.reduceat
 
 
+def take_rows(x, rows):  # [N, C], [n] -> [n, C]
+    """Some of the rows, each at most once."""
+    return x[rows], (rows, len(x))
+
+
+def take_rows_backward(dout, cache):
+    rows, n = cache
+    dx = xp.zeros((n, dout.shape[1]), dout.dtype)
+    dx[rows] = dout
+    return dx
+
+
 def rmsnorm(x, eps=1e-5):  # [N, C] -> [N, C]
     """Each row divided by its root mean square; no gain (it folds into the next matrix)."""
     squares = xp.einsum("nc,nc->n", x, x)[:, None]
@@ -892,24 +904,31 @@ def init_params(cfg):
 # ---- the model ----------------------------------------------------------------------------------
 
 def node(x, k, hook, *places):  # [N, len(places) * C] -> the same
-    """AbsTopK over each place's C channels, and the hook point: where pruning reads, masks or
-    replaces nodes.
+    """AbsTopK over each place's C channels, or what a hook puts in its stead: where pruning reads,
+    masks and replaces nodes.
 
-    A hook has `forward(place, x) -> x` and `backward(place, dx) -> dx`, x and dx [N, C].
+    A hook has `forward(place, x, k) -> x`, k the channels that AbsTopK would keep, and
+    `backward(place, dx) -> dx`, x and dx [N, C].
     """
-    x = x.reshape(len(x), len(places), -1)
-    out, mask = abstopk(x, k)
-    if hook is not None:
-        out = xp.stack([hook.forward(p, out[:, i]) for i, p in enumerate(places)], axis=1)
+    x, mask = x.reshape(len(x), len(places), -1), None
+    if hook is None:
+        out, mask = abstopk(x, k)
+    else:
+        out = empty_like(x)
+        for i, place in enumerate(places):
+            out[:, i] = hook.forward(place, x[:, i], k)
     return out.reshape(len(x), -1), (mask, hook, places)
 
 
 def node_backward(dout, cache):
     mask, hook, places = cache
     dout = dout.reshape(len(dout), len(places), -1)
-    if hook is not None:
-        dout = xp.stack([hook.backward(p, dout[:, i]) for i, p in enumerate(places)], axis=1)
-    return abstopk_backward(dout, mask).reshape(len(dout), -1)
+    if hook is None:
+        return abstopk_backward(dout, mask).reshape(len(dout), -1)
+    dx = empty_like(dout)
+    for i, place in enumerate(places):
+        dx[:, i] = hook.backward(place, dout[:, i])
+    return dx.reshape(len(dx), -1)
 
 
 def check_ids(ids, cfg):
@@ -925,15 +944,18 @@ def check_ids(ids, cfg):
                          f"not {ids.min()}..{ids.max()}")
 
 
-def forward(params, ids, cfg, hook=None):
+def forward(params, ids, cfg, hook=None, at=None):
     """Logits [B, T, vocab_size] for token ids [B, T], and the cache that `backward` takes.
 
-    hook: see `node`. Node places are h0.attn_in, h0.q, h0.k, h0.v, h0.attn_out, h0.mlp_in,
+    at: [B], a position in each row: the logits there alone, [B, vocab_size]. What comes after the
+    last attention then runs on these rows only. hook: see `node`. Node places are h0.attn_in, h0.q, h0.k, h0.v, h0.attn_out, h0.mlp_in,
     h0.neuron, h0.mlp_out, h1.attn_in and so on (paper A.1), and `final`, the normed residual
     before the unembedding. Raises ValueError on ids that are not token ids of a right shape.
     """
     check_ids(ids, cfg)
     ids, p, C, cache = xp.asarray(ids), params, cfg.d_model, []
+    if at is not None:
+        at = xp.arange(len(ids)) * ids.shape[1] + xp.asarray(at)
 
     def put(result):  # keeps an op's cache for the backward pass and passes its output on
         cache.append(result[1])
@@ -947,6 +969,8 @@ def forward(params, ids, cfg, hook=None):
         y = put(linear(y, p[h + "attn.wqkv"], p[h + "attn.bqkv"]))
         y = put(node(y, cfg.k(C), hook, h + "q", h + "k", h + "v"))
         y = put(attention(y.reshape(len(y), 3, C), p.get(h + "attn.sink"), len(ids), cfg.d_head))
+        if at is not None and i == cfg.n_layer - 1:
+            x, y = put(take_rows(x, at)), put(take_rows(y, at))
         y = put(linear(y, p[h + "attn.wo"], p[h + "attn.bo"]))
         y = put(node(y, cfg.k(C), hook, h + "attn_out"))
         x = xp.add(x, y, out=empty_like(x))
@@ -961,20 +985,22 @@ def forward(params, ids, cfg, hook=None):
     y = put(rmsnorm(x))
     y = put(node(y, C, hook, "final"))
     logits = put(linear(y, p["head.w"], p["head.b"]))
+    current = ids.reshape(-1) if at is None else ids.reshape(-1)[at]
     if cfg.bigram:
-        logits += gather(p["bigram"], ids.reshape(-1))
-    return logits.reshape(*ids.shape, -1), cache
+        logits += gather(p["bigram"], current)
+    return logits.reshape(*(ids.shape if at is None else at.shape), -1), (cache, current, at is not None)
 
 
 def backward(dlogits, cache, cfg, grads=None):
     """The backward pass: the call list of `forward` in reverse. Consumes the cache.
 
-    dlogits: [B, T, vocab_size]. grads: arrays under the parameters' names, written over; None
+    dlogits: [B, T, vocab_size], or [B, vocab_size] where `forward` was given positions. grads: arrays under the parameters' names, written over; None
     skips the gradients of weights and only runs the hook's backward (half of the work).
     """
-    g, C, dy = grads or {}, cfg.d_model, dlogits.reshape(-1, cfg.vocab_size)
-    if cfg.bigram and grads:  # cache[0], the embedding's, is the ids
-        scatter_rows(cache[0].reshape(-1), dy, g["bigram"])
+    (cache, current, some), g, C = cache, grads or {}, cfg.d_model
+    dy = dlogits.reshape(-1, cfg.vocab_size)
+    if cfg.bigram and grads:
+        scatter_rows(current, dy, g["bigram"])
     dy = linear_backward(dy, cache.pop(), g.get("head.w"), g.get("head.b"))
     dy = node_backward(dy, cache.pop())
     dx = rmsnorm_backward(dy, cache.pop())
@@ -989,6 +1015,8 @@ def backward(dlogits, cache, cfg, grads=None):
         dx += rmsnorm_backward(dy, cache.pop())
         dy = node_backward(dx, cache.pop())
         dy = linear_backward(dy, cache.pop(), g.get(h + "attn.wo"), g.get(h + "attn.bo"))
+        if some and i == cfg.n_layer - 1:
+            dy, dx = (take_rows_backward(d, cache.pop()) for d in (dy, dx))
         dy = attention_backward(dy, cache.pop(), g.get(h + "attn.sink")).reshape(len(dy), 3 * C)
         dy = node_backward(dy, cache.pop())
         dy = linear_backward(dy, cache.pop(), g.get(h + "attn.wqkv"), g.get(h + "attn.bqkv"))
@@ -1065,8 +1093,8 @@ def target_density(name, cfg):
 
 
 def annealed(target, step, cfg):
-    """The density at a step: 1 until anneal_start, then linearly down to the target at
-    anneal_end."""
+    """The density at a step, of weights or of AbsTopK: 1 until anneal_start, then linearly down to
+    the target at anneal_end."""
     start, end = cfg.anneal_start * cfg.steps, min(cfg.anneal_end * cfg.steps, cfg.steps - 1)
     done = 1.0 if step >= end else 0.0 if step <= start else (step - start) / (end - start)
     return 1 + (target - 1) * done
@@ -1195,15 +1223,20 @@ class Model(NamedTuple):
 
 
 def write_npz(path, arrays):
-    """Write arrays to an .npz file, whole or not at all: to a temporary file first, which is then
-    renamed."""
+    """Write arrays to an .npz file; see `write_whole`."""
+    write_whole(path, lambda f: np.savez(f, **arrays))
+
+
+def write_whole(path, write):
+    """Make a file by write(f), f open for bytes: whole or not at all, as it goes to a temporary
+    file first, which is then renamed. Raises UserError if that cannot be done."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as f:
-                np.savez(f, **arrays)
+                write(f)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
@@ -1349,9 +1382,8 @@ def evaluate_tasks(model, n=100, seed=0, split="eval"):
             return None
         logits = []
         for i in range(0, len(batch.ids), 32):  # few at a time: memory stays small
-            last = batch.last[i:i + 32]
-            full, _ = forward(params, batch.ids[i:i + 32], cfg)
-            logits.append(to_host(full[np.arange(len(last)), last]))
+            rows = slice(i, i + 32)
+            logits.append(to_host(forward(params, batch.ids[rows], cfg, at=batch.last[rows])[0]))
         return score(np.concatenate(logits), batch)
 
     scores = parallel(one, list(tasks.TASKS), cfg.threads)
@@ -1366,7 +1398,8 @@ def sample(model, prompt="", n=200, temperature=0.8, seed=0):
     known = 257 + len(tok.merges)  # a small corpus may teach fewer than the model has room for
     for _ in range(n):
         context = np.array([ids[-cfg.n_ctx:]])
-        logits = to_host(forward(params, context, cfg)[0])[0, -1, :known].astype(np.float64)
+        logits, _ = forward(params, context, cfg, at=[context.shape[1] - 1])
+        logits = to_host(logits)[0, :known].astype(np.float64)
         noise = rng.gumbel(size=known) * temperature  # makes the arg max a draw from the softmax
         ids.append(int(np.argmax(logits + noise)))
         if ids[-1] == tok.EOT:
@@ -1467,7 +1500,8 @@ def train(cfg, resume=False, log=print):
         for step in range(start, cfg.steps):
             rng = np.random.default_rng((cfg.seed, step))  # of the step alone: a run can resume
             ids, targets = draw_batch(corpus.train, rng, cfg.batch_size, cfg.n_ctx, cfg.idioms)
-            loss, _ = loss_and_grads(params, ids, targets, cfg, work)  # gradient, into work[0]
+            current = dataclasses.replace(cfg, afrac=annealed(cfg.afrac, step, cfg))
+            loss, _ = loss_and_grads(params, ids, targets, current, work)  # gradient, to work[0]
             adam_step(flat, m, v, work, step, cfg)                     # its scaling, Adam
             sparsify(params, step, cfg)                                # top-k, decay
             losses.append(loss)  # read only below: a GPU is not kept waiting
@@ -1489,7 +1523,7 @@ def train(cfg, resume=False, log=print):
                                             f"{shlex.quote(cfg.out)}")
                 now = time.perf_counter()
                 rate = len(losses) * ids.size / (now - last_line)
-                val = mean_loss(evaluate(params, corpus.val, cfg, 32), cfg)
+                val = mean_loss(evaluate(params, corpus.val, current, 32), cfg)
                 left = (cfg.steps - done) * (now - began) / (done - start)
                 log(f"{done:>6} {np.mean(losses):7.4f} {val:7.4f} "
                     f"{annealed(cfg.density, step, cfg):8.4f} {learning_rate(step, cfg):8.2e} "

@@ -1,4 +1,4 @@
-"""Properties of sparsegpt.py and tasks.py, each test named for the one it checks.
+"""Properties of sparsegpt.py, tasks.py and prune.py, each test named for the one it checks.
 
     python -m pytest test_sparsegpt.py
 
@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import doctest
 import functools
+import html.parser
 import io
 import json
 import math
@@ -31,6 +32,7 @@ from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import prune
 import sparsegpt as sg
 import tasks
 
@@ -117,12 +119,13 @@ class StrictModule:
     array = staticmethod(lambda x, **k: Strict(np.array(getattr(x, "a", x), **k)))
 
     def __getattr__(self, name):
-        if name not in """abs add arange argmax argsort clip concatenate copysign cumsum divide dot
-                einsum empty empty_like exp flatnonzero full full_like greater greater_equal
-                isfinite log matmul max maximum mean minimum multiply ones ones_like partition
-                reciprocal sort sqrt stack subtract sum take triu zeros zeros_like""".split():
+        if name not in """abs add arange argmax argsort clip concatenate copysign copyto cumsum
+                divide dot einsum empty empty_like exp flatnonzero full full_like greater
+                greater_equal isfinite log matmul max maximum mean minimum multiply ones ones_like
+                partition reciprocal sort sqrt stack subtract sum take tile triu where zeros
+                zeros_like""".split():
             raise AttributeError(f"the stand-in has no {name}; add it if CuPy has it")
-        return device(getattr(np, name))
+        return device(getattr(np, name), also=("where",) if name == "copyto" else ())
 
 
 @pytest.fixture(autouse=True)
@@ -414,8 +417,8 @@ def on_device(params):
     return {name: dev(w) for name, w in params.items()}
 
 
-def logits_of(params, ids, cfg, hook=None):
-    return host(sg.forward(on_device(params), ids, cfg, hook)[0])
+def logits_of(params, ids, cfg, hook=None, at=None):
+    return host(sg.forward(on_device(params), ids, cfg, hook, at)[0])
 
 
 def loss_of(params, ids, targets, cfg, hook=None):
@@ -554,36 +557,43 @@ PLACES = "attn_in q k v attn_out mlp_in neuron mlp_out".split()
 
 
 class Push:
-    """A hook that adds `amount` at one place and notes what passes; with none, the identity."""
+    """A hook that does AbsTopK, adds `amount` at one place and notes what passes."""
 
     def __init__(self, at=None, amount=None):
-        self.at, self.amount, self.ahead, self.back = at, amount, [], {}
+        self.at, self.amount, self.seen, self.back, self.k, self.masks = at, amount, {}, {}, {}, {}
 
-    def forward(self, place, x):
-        self.ahead.append(place)
-        return x + dev(self.amount).reshape(x.shape) if place == self.at else x
+    def forward(self, place, x, k):
+        x, self.masks[place] = sg.abstopk(x, k)
+        if place == self.at:
+            x = x + dev(self.amount).reshape(x.shape)
+        self.seen[place], self.k[place] = host(x), k
+        return x
 
     def backward(self, place, dx):
         self.back[place] = host(dx)
-        return dx
+        return sg.abstopk_backward(dx, self.masks[place])
 
 
-def hooked_grads(params, ids, cfg, cotangent, hook):
+def hooked_grads(params, ids, cfg, cotangent, hook=None, at=None):
     """Logits and the gradients of sum(cotangent * logits)."""
-    logits, cache = sg.forward(on_device(params), ids, cfg, hook)
+    logits, cache = sg.forward(on_device(params), ids, cfg, hook, at)
     logits, grads = host(logits), sg.views(nans(sg.n_params(cfg)), cfg)
     sg.backward(dev(cotangent), cache, cfg, grads)
     return logits, {name: host(g) for name, g in grads.items()}
 
 
 @given(cfg=configs(), seed=SEEDS)
-def test_identity_hook_sees_every_place_in_order_and_changes_nothing(backend, cfg, seed):
-    """Hooks, which pruning builds on: bit for bit the same model."""
+def test_a_hook_that_does_abstopk_sees_every_place_in_order_and_changes_nothing(
+        backend, cfg, seed):
+    """Hooks, which pruning builds on: bit for bit the same model, and k is that of the place."""
     params, ids, _ = drawn(cfg, seed)
     hook, cotangent = Push(), randoms(np.random.default_rng(seed), *ids.shape, cfg.vocab_size)
     with_hook, without = (hooked_grads(params, ids, cfg, cotangent, h) for h in (hook, None))
-    assert hook.ahead == [f"h{i}.{p}" for i in range(cfg.n_layer) for p in PLACES] + ["final"]
-    assert sorted(hook.back) == sorted(hook.ahead)
+    assert list(hook.seen) == [f"h{i}.{p}" for i in range(cfg.n_layer) for p in PLACES] + ["final"]
+    assert sorted(hook.back) == sorted(hook.seen)
+    for place, k in hook.k.items():
+        wide = cfg.d_model * (4 if "neuron" in place else 1)
+        assert k == (wide if place == "final" else max(1, int(cfg.afrac * wide)))
     assert np.array_equal(with_hook[0], without[0])
     assert all(np.array_equal(with_hook[1][name], g) for name, g in without[1].items())
 
@@ -604,6 +614,26 @@ def test_backward_hook_gets_the_gradient_at_its_place(backend, cfg, seed, data):
         hook.back[place], way, size)
     assume(error is not None)
     assert error < 1e-6
+
+
+@given(cfg=configs(), seed=SEEDS, with_hook=st.booleans())
+def test_logits_and_gradients_at_positions_are_those_of_the_whole(backend, cfg, seed, with_hook):
+    """`at`: what is left out is what nothing depends on, forward and backward."""
+    params, ids, _ = drawn(cfg, seed)
+    rng, rows = np.random.default_rng(seed), np.arange(len(ids))
+    at = rng.integers(0, ids.shape[1], len(ids))
+    some, every = randoms(rng, len(ids), cfg.vocab_size), np.zeros((*ids.shape, cfg.vocab_size))
+    every[rows, at] = some
+    hook = [Push(), Push()] if with_hook else [None, None]
+    logits, grads = hooked_grads(params, ids, cfg, some, hook[0], at)
+    full_logits, full_grads = hooked_grads(params, ids, cfg, every, hook[1])
+    assert np.allclose(logits, full_logits[rows, at], 1e-12, 1e-13)
+    assert all(np.allclose(grads[name], g, 1e-9, 1e-12) for name, g in full_grads.items())
+    if with_hook:  # at each place the same gradient, on all rows or on those asked for
+        for place, dx in hook[1].back.items():
+            few = len(hook[0].back[place]) < len(dx)
+            dx = dx.reshape(*ids.shape, -1)[rows, at] if few else dx
+            assert np.allclose(hook[0].back[place], dx, 1e-9, 1e-12), place
 
 
 # ---- top-k and GELU -----------------------------------------------------------------------------
@@ -1427,10 +1457,10 @@ def flags(**more):
             for name, value in cfg.items()]
 
 
-def run_main(capsys, *argv):
+def run_main(capsys, *argv, main=sg.main):
     """(status, stdout, stderr) of the command line."""
     try:
-        status = sg.main(list(argv))
+        status = main(list(argv))
     except SystemExit as e:
         status = e.code
     return status, *capsys.readouterr()
@@ -1550,3 +1580,834 @@ def test_the_program_runs_as_a_script_from_anywhere():
     assert good.returncode == 0 and "largest relative error" in good.stdout and not good.stderr
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and not bad.stdout
     assert not os.listdir()
+
+
+# ---- circuits: nodes, edges, losses -------------------------------------------------------------
+
+def drawn_cut(cfg, seed, density=0.6):
+    """(model, fill, prompts, cut) at random: zero weights, deleted nodes, often deleted edges."""
+    rng, V = np.random.default_rng(seed), cfg.vocab_size
+    params = {name: w * (rng.random(w.shape) < density) if sg.is_matrix(name) else w
+              for name, w in drawn(cfg, seed)[0].items()}
+    n, T = 2 * rng.integers(1, 4), rng.integers(1, cfg.n_ctx + 1)
+    answers = np.array([rng.permutation(V)[:2] for _ in range(n)]).T
+    prompts = prune.Prompts(rng.integers(0, V, (n, T)), rng.integers(0, T, n), *answers,
+                            np.tile([1, -1], n // 2))
+    keep = np.concatenate([rng.random(part.stop - part.start) < rng.choice([0, 0.3, 0.7, 1])
+                           for part in prune.node_slices(cfg).values()])
+    edges = {name: rng.random(params[name].shape) < 0.5 for name in prune.matrices(cfg)}
+    model = sg.Model(on_device(params), cfg, sg.Tokenizer([]))
+    return (model, rng.standard_normal(len(keep)), prompts,
+            prune.Cut(keep, edges if rng.random() < 0.7 else None))
+
+
+def run_hook(model, ids, hook=None, at=None):
+    return host(sg.forward(model.params, ids, model.cfg, hook, at)[0])
+
+
+def slow_circuit(model, fill, ids, cut):
+    """({place: nodes [T, C]}, logits [T, V]) of a circuit on one prompt, written out."""
+    cfg, seen, at = model.cfg, {}, prune.node_slices(model.cfg)
+    p, T, D = {name: host(w) for name, w in model.params.items()}, len(ids), cfg.d_head
+
+    def node(place, x):
+        keep = np.flatnonzero(cut.keep[at[place]])
+        seen[place] = np.tile(fill[at[place]], (T, 1))
+        seen[place][:, keep] = 0
+        for row, out in zip(x, seen[place]):
+            k = len(row) if place == "final" else cfg.k(len(row))
+            best = keep[first_largest(row[keep], k)]
+            out[best] = row[best]
+        return seen[place]
+
+    def linear(x, name):
+        m, w = prune.matrices(cfg)[name], p[name]
+        gone = np.outer(cut.keep[m.source], cut.keep[m.target])
+        gone &= False if cut.edges is None else ~cut.edges[name]
+        return x @ np.where(gone, 0, w) + fill[m.source] @ np.where(gone, w, 0) + p[m.bias]
+
+    def norm(x):
+        return x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-5)
+
+    x = p["wte"][ids] + (p["wpe"][:T] if cfg.positions else 0)
+    for h in (f"h{i}." for i in range(cfg.n_layer)):
+        y = np.split(linear(node(h + "attn_in", norm(x)), h + "attn.wqkv"), 3, 1)
+        q, k, v = (node(h + place, part) for place, part in zip("qkv", y))
+        z = np.zeros_like(x)
+        for t, head in np.ndindex(T, cfg.d_model // D):
+            own = slice(head * D, head * D + D)
+            weights = np.exp(k[:t + 1, own] @ q[t, own] / math.sqrt(D))
+            total = weights.sum() + (np.exp(p[h + "attn.sink"][head]) if cfg.sink else 0)
+            z[t, own] = weights @ v[:t + 1, own] / total
+        x = x + node(h + "attn_out", linear(z, h + "attn.wo"))
+        y = linear(node(h + "mlp_in", norm(x)), h + "mlp.wfc")
+        y = np.maximum(y, 0) if cfg.act == "relu" else exact_gelu(y.ravel())[0].reshape(y.shape)
+        x = x + node(h + "mlp_out", linear(node(h + "neuron", y), h + "mlp.wproj"))
+    logits = node("final", norm(x)) @ p["head.w"] + p["head.b"]
+    return seen, logits + (p["bigram"][ids] if cfg.bigram else 0)
+
+
+@given(cfg=configs(), seed=SEEDS)
+@settings(max_examples=40)
+def test_a_circuit_computes_what_its_definition_says(backend, cfg, seed):
+    """Whole and Compact against a circuit written out: AbsTopK among kept nodes, deleted nodes at
+    their fill, deleted edges at weight x fill."""
+    model, fill, prompts, cut = drawn_cut(cfg, seed)
+    whole, compact = (kind(model, fill, prompts) for kind in (prune.Whole, prune.Compact))
+    logits, order = whole.logits(cut), whole.prompts
+    assert sorted(order.last) == sorted(prompts.last)
+    for ids, last, row in zip(order.ids, order.last, logits):
+        expected = slow_circuit(model, fill, ids[:last + 1], cut)[1][last]
+        assert np.allclose(row, expected, 1e-9, 1e-9)
+    assert np.allclose(compact.logits(cut), logits, 1e-8, 1e-9)
+    assert all(np.array_equal(*columns) for columns in zip(order, compact.prompts))
+
+
+@given(cfg=configs(), seed=SEEDS)
+def test_all_nodes_are_the_model_and_no_nodes_are_constant(backend, cfg, seed):
+    """The two ends of ablation: the model bit for bit, nothing but the fill and the bigrams."""
+    model, fill, prompts, _ = drawn_cut(cfg, seed)
+    p, ids = model.params, prompts.ids
+    every, none = (prune.Ablation(np.full(len(fill), keep), fill, cfg) for keep in (True, False))
+    assert np.array_equal(run_hook(model, ids, every), run_hook(model, ids))
+    final = fill[prune.node_slices(cfg)["final"]] @ host(p["head.w"]) + host(p["head.b"])
+    final = final + (host(p["bigram"])[ids] if cfg.bigram else 0)
+    assert np.allclose(run_hook(model, ids, none), final, 1e-12, 1e-12)
+
+
+class Mixed(prune.Ablation):
+    """Ablation with one node at m x + (1 - m) fill, x what it is or would be if it were kept."""
+
+    def forward(self, place, x, k):
+        out, part, (node, m, fill) = super().forward(place, x, k), self.at[place], self.mixed
+        if part.start <= node < part.stop:
+            keep, c = host(self.keep[part]), node - part.start
+            keep[c] = True
+            out[:, c] = m * sg.abstopk(x * dev(keep), k)[0][:, c] + (1 - m) * fill[node]
+        return out
+
+
+@given(cfg=configs(), seed=SEEDS, data=st.data())
+def test_the_gradient_of_a_mask_is_the_derivative_of_the_loss(backend, cfg, seed, data):
+    """What masks are learned by, of kept and of deleted nodes, with AbsTopK and without."""
+    model, fill, prompts, (keep, _) = drawn_cut(cfg, seed)
+    loss, grad = prune.gradient(model, prompts, keep, fill)
+    rows, errors = np.arange(len(prompts.last)), []
+    for node in data.draw(st.lists(st.integers(0, len(fill) - 1), min_size=3, max_size=3)):
+        def along(t):
+            hook = Mixed(keep, fill, cfg)
+            hook.mixed = node, keep[node] + t, fill
+            z = run_hook(model, prompts.ids, hook, prompts.last)
+            return np.logaddexp(0, z[rows, prompts.wrong] - z[rows, prompts.right]).mean()
+        assert loss == pytest.approx(along(0.0), rel=1e-9)
+        errors.append(mismatch(along, grad[node:node + 1], np.ones(1), loss))
+    assume(None not in errors)
+    assert max(errors) < 1e-6
+
+
+ENDS = dict(wqkv=["attn_in", "q", "k", "v"], wo=["v", "attn_out"], wfc=["mlp_in", "neuron"],
+            wproj=["neuron", "mlp_out"])
+
+
+def named(cut, model):
+    """({the kept nodes' names}, {(source, target): (matrix, row, column)} of the edges), counted
+    one by one."""
+    kept, edges = {prune.node_name(n, model.cfg) for n in np.flatnonzero(cut.keep)}, {}
+    for name in prune.matrices(model.cfg):
+        (h, _, kind), w = re.split(r"\b", name)[1:6:2], host(model.params[name])
+        source, *targets = ENDS[kind]
+        width = w.shape[1] // len(targets)
+        for i, j in np.argwhere(w if cut.edges is None else w * cut.edges[name]):
+            ends = f"{h}.{source}.{i}", f"{h}.{targets[j // width]}.{j % width}"
+            if kept >= set(ends):
+                edges[ends] = name, i, j
+    return kept, edges
+
+
+@given(cfg=configs(), seed=SEEDS)
+def test_edges_are_the_nonzero_weights_between_kept_nodes(backend, cfg, seed):
+    """The numbers that are reported; a smaller cut is less by what was asked, the first as it
+    was."""
+    model, _, _, cut = drawn_cut(cfg, seed)
+    kept, edges = named(cut, model)
+    cut = cut._replace(edges=prune.kept_edges(cut, model.params, cfg))
+    assert sorted(prune.edge_list(cut.edges)) == sorted(edges.values())
+    assert prune.sizes(cut, model.params, cfg) == (len(kept), len(edges))
+    lost, gone = (set(sorted(x)[::2]) for x in (edges, kept))
+    less = cut.without_edges([edges[ends] for ends in lost])
+    assert named(less, model)[1].keys() == edges.keys() - lost
+    less = cut.without_nodes([prune.node_number(name, cfg) for name in gone])
+    assert named(less, model)[0] == kept - gone and named(cut, model) == (kept, edges)
+
+
+def test_every_node_has_a_name_and_no_other_name_has_a_node():
+    """Names, as the command line and the files have them, in the order of computation."""
+    cfg = tiny(n_layer=1, d_model=4)
+    names = [f"h0.{p}.{c}" for p in PLACES for c in range(16 if p == "neuron" else 4)]
+    names += [f"final.{c}" for c in range(4)]
+    assert [prune.node_name(n, cfg) for n in range(prune.n_nodes(cfg))] == names
+    assert [prune.node_number(name, cfg) for name in names] == list(range(len(names)))
+    for bad in ("", "final", "final.4", "final.-1", "final.1.0", "h1.q.0", "h0.q.x", "h0.w.0"):
+        with pytest.raises(sg.UserError, match="h0.neuron"):
+            prune.node_number(bad, cfg)
+
+
+def reached(links, start):
+    """What paths from `start` lead to."""
+    found, before = {start}, 0
+    while before < len(found):
+        before = len(found)
+        found |= {b for a, b in links if a in found}
+    return found
+
+
+@given(cfg=configs(), seed=SEEDS)
+@settings(max_examples=60)
+def test_orphans_are_the_kept_nodes_on_no_path(cfg, seed):
+    """A path search: edges, residual channels, and towards the logits from q and k to v."""
+    model, _, prompts, cut = drawn_cut(cfg, seed, 0.15)
+    p, C, L = model.params, cfg.d_model, cfg.n_layer
+    kept, edges = named(cut, model)
+    links = set(edges)
+    for i, c in np.ndindex(2 * L, C):  # (i, c): channel c before the i-th reader
+        reader, writer = (f"h{i // 2}.{x}.{c}" for x in (
+            ("attn_in", "attn_out"), ("mlp_in", "mlp_out"))[i % 2])
+        links |= {((i, c), (i + 1, c)), ((i, c), reader), (writer, (i + 1, c))}
+    for c in range(C):
+        links.add(((2 * L, c), f"final.{c}"))
+        if p["wte"][np.unique(prompts.ids), c].any() or (cfg.positions and p["wpe"][:, c].any()):
+            links.add(("tokens", (0, c)))
+        if p["head.w"][c].any():
+            links.add((f"final.{c}", "logits"))
+    deleted = {prune.node_name(n, cfg) for n in np.flatnonzero(~cut.keep)}
+    mixed = {(f"h{i}.{x}.{a}", f"h{i}.v.{b}") for i, a, b in np.ndindex(L, C, C) for x in "qk"
+             if a // cfg.d_head == b // cfg.d_head}
+    ahead, back = ({link for link in some if not deleted & set(link)}
+                   for some in (links, links | mixed))
+    alive = reached(ahead, "tokens") & reached({(b, a) for a, b in back}, "logits")
+    found = {prune.node_name(n, cfg) for n in prune.orphans(cut, model, prompts)}
+    assert found == kept - alive
+
+
+@given(seed=SEEDS, n=st.integers(1, 12), size=st.sampled_from([0.1, 1, 10]),
+       bias=st.sampled_from([0, 1, 5]))
+@settings(max_examples=60)
+def test_a_calibration_is_the_best_within_its_bounds(seed, n, size, bias):
+    """Scale and shift against a grid, no scale under 1/2 or over 2; calibrated logits have the
+    calibrated margins, so the loss of a search is the one that is reported."""
+    rng, sign = np.random.default_rng(seed), np.tile([1, -1], n)
+    logits, answers = size * randoms(rng, 2 * n, 9), np.tile([[0, 1], [1, 0]], (n, 1)).T
+    logits[:, 0] += bias
+    prompts = prune.Prompts(None, None, *answers, sign)
+    margin = prune.margins(logits, prompts)
+
+    def objective(scale, shift):
+        loss = np.logaddexp(0, -scale * margin - shift * sign).mean()
+        return loss + 0.005 * ((scale - 1)**2 + shift**2)
+    found = prune.calibrate(margin, sign)
+    losses = (prune.logistic(found.margins(logits, prompts)),
+              prune.logistic(found.scale * margin + found.shift * sign))
+    assert losses == pytest.approx((sg.score(found.logits(logits, prompts), prompts).binary,) * 2)
+    best = min(objective(scale, shift) for scale in np.linspace(0.5, 2, 16)
+               for shift in np.linspace(-8, 8, 81))
+    assert 0.5 <= found.scale <= 2 and objective(*found) <= best + 1e-9
+
+
+# ---- circuits: cutting down ---------------------------------------------------------------------
+
+@given(data=st.data(), n=st.integers(1, 3000))
+@settings(max_examples=60)
+def test_bisection_finds_the_fewest_in_few_steps(data, n):
+    """The true minimum where more never hurts, or None, in a logarithmic number of steps."""
+    least, calls = data.draw(st.integers(0, n + 1)), []
+    order = np.random.default_rng(n).permutation(n)
+
+    def good(cut):
+        calls.append(cut)
+        return cut.keep.sum() >= least
+    found = prune.bisect(order, good)
+    assert len(calls) <= 4 + 1.5 * math.log2(n) and (found is None) == (least > n)
+    assert found is None or set(np.flatnonzero(found.keep)) == set(order[:least])
+
+
+@given(n=st.integers(0, 9), seed=SEEDS, monotone=st.booleans(), target=st.floats(0.1, 2))
+@settings(max_examples=60)
+def test_cleaning_ends_where_nothing_can_go_alone(n, seed, monotone, target):
+    """Never over the target, also where what can go alone cannot go together."""
+    weights = np.random.default_rng(seed).random(n)
+
+    def loss(cut):
+        if monotone:
+            return sum(w for i, w in enumerate(weights) if i not in cut)
+        return 2 * random.Random(f"{seed} {sorted(cut)}").random() * (len(cut) < n)
+    found = prune.spare(frozenset(range(n)), sorted, lambda cut, items: cut - set(items), loss,
+                        target, quiet, "")
+    assert loss(found) <= target < min((loss(found - {i}) for i in found), default=math.inf)
+
+
+# A network wired by hand, whose circuit is known, and tasks of its own. From `=`, head 0 looks for
+# the first token, whose value a neuron of the next block sends on to `x` and `y`.
+CIRCUIT = {("h0.attn.wqkv", 5, 0): 2, ("h0.attn.wqkv", 4, 16): 1, ("h0.attn.wqkv", 0, 32): 1,
+           ("h0.attn.wo", 0, 1): 1, ("h1.mlp.wfc", 1, 5): 1, ("h1.mlp.wproj", 5, 3): 2}
+EDGES = {("h0.attn_in.5", "h0.q.0"), ("h0.attn_in.4", "h0.k.0"), ("h0.attn_in.0", "h0.v.0"),
+         ("h0.v.0", "h0.attn_out.1"), ("h1.mlp_in.1", "h1.neuron.5"),
+         ("h1.neuron.5", "h1.mlp_out.3")}
+NODES = {name for ends in EDGES for name in ends} | {"final.3"}
+NEEDLESS = {  # edges of little effect between these, a weak copy of v.0, noise on channel 3
+    ("h0.attn.wqkv", 0, 16): 0.1, ("h0.attn.wqkv", 5, 16): -0.1, ("h0.attn.wqkv", 4, 32): 0.1,
+    ("h0.attn.wqkv", 0, 33): 0.3, ("h0.attn.wo", 1, 1): 0.3, ("h0.mlp.wfc", 9, 20): 0.5,
+    ("h0.mlp.wproj", 20, 3): 0.1}
+FEW = prune.Settings(runs=1, steps=60, search_pairs=16)
+
+
+def cue(w):
+    """The first token decides: `<ab=` -> `x`, `>ab=` -> `y`."""
+    junk = "".join(w.rng.choices("abcd", k=6 if w.large else w.pick(3, 4, 5)))
+    return (f"<{junk}=", "x", ""), (f">{junk}=", "y", "")
+
+
+def hopeless(w):
+    """Nothing in the network tells what decides: `c` -> `x`, `d` -> `y`."""
+    return tuple((f"{'cd'[i]}{side[0][1:]}", *side[1:]) for i, side in enumerate(cue(w)))
+
+
+def trivial(w):
+    """The last token decides, which the bigram table knows."""
+    return tuple((side[0][1:-1] + side[0][0], *side[1:]) for side in cue(w))
+
+
+def endless(w):
+    """Longer than the context."""
+    return tuple((9 * side[0], *side[1:]) for side in cue(w))
+
+
+@contextmanager
+def own_tasks():
+    """The network's tasks, and text in which `=` is rare."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TASKS", {f.__name__: f for f in (cue, hopeless, endless)})
+        patch.setattr(tasks, "surround", lambda w, sides: list(sides))
+        patch.setattr(prune, "text_windows", lambda model, n, seed=0: np.random.default_rng(
+            seed).choice(list(b"<>abcd" * 5 + b"="), (n, 16)))
+        yield
+
+
+@pytest.fixture
+def cues(clean):
+    with own_tasks():
+        yield
+
+
+def wired(seed=0, threads=1):
+    """The network. Channels from 8 on are busy with something else; v.0 sees `a` and `b` too."""
+    cfg = sg.Config(n_layer=2, d_model=16, d_head=4, n_ctx=16, vocab_size=257, act="relu",
+                    positions=False, sink=False, bigram=False, threads=threads, out="model.npz")
+    rng, p = np.random.default_rng(seed), sg.views(np.zeros(sg.n_params(cfg), cfg.dtype), cfg)
+
+    def busy(w, size):
+        w[...] = size * rng.standard_normal(w.shape) * (rng.random(w.shape) < 0.4)
+    busy(p["wte"][:, 8:], 0.3)
+    busy(p["head.w"][8:], 1)
+    for h in ("h0.", "h1."):
+        busy(p[h + "attn.wqkv"].reshape(16, 3, 16)[8:, :, 8:], 1)
+        busy(p[h + "attn.wo"][8:, 8:], 0.1)
+        busy(p[h + "mlp.wfc"][8:, 32:], 1)
+        busy(p[h + "mlp.wproj"][32:, 8:], 0.1)
+    for c, values in (0, {"<": 1, ">": -1, "a": 1, "b": -1}), (4, {"<": 1, ">": 1}), (5, {"=": 1}):
+        p["wte"][list(map(ord, values)), c] = list(values.values())
+    for (name, i, j), w in (CIRCUIT | NEEDLESS).items():
+        p[name][i, j] = w
+    p["h1.mlp.bproj"][3], p["head.w"][3, ord("x")], p["head.w"][3, ord("y")] = -3.5, 1.5, -1.5
+    return sg.Model(on_device(p), cfg, sg.Tokenizer([]))
+
+
+@functools.cache
+def found_circuit():
+    """The Circuit that `prune` finds in the network."""
+    with own_tasks():
+        return prune.prune(wired(), "cue", FEW, log=quiet)
+
+
+@pytest.mark.parametrize("ablation, tied", [("mean", True), ("zero", False)])
+def test_the_circuit_of_a_network_wired_by_hand_is_found(backend, cues, ablation, tied):
+    """Ground truth: every node and every edge of it, and no other."""
+    model, s = wired(), dataclasses.replace(FEW, ablation=ablation, tied=tied)
+    problem = prune.Problem(model, prune.Study(model, ablation).fill, "cue", s)
+    found = prune.search(problem, quiet)
+    nodes, edges = named(found.cut, model)
+    assert (nodes, edges.keys()) == (NODES, EDGES)
+    assert prune.full_loss(problem) < 0.05 and found.loss < 0.05 and found.stages[-1] == dict(
+        stage="edges cleaned", nodes=11, edges=6, loss=pytest.approx(found.loss))
+
+
+def test_learned_masks_rank_the_nodes_of_a_circuit_first(cues):
+    """The search before it is cleaned: few of 368 nodes do the task. The baseline, attribution, is
+    the gradient on all prompts."""
+    model = wired()
+    problem = prune.Problem(model, prune.Study(model).fill, "cue", dataclasses.replace(
+        FEW, steps=150))
+    order, _ = prune.learn_masks(problem, 1e-3, 0.01, 1.0, [0, 1], quiet)
+    assert prune.bisect(order, lambda cut: problem.loss(cut) < 0.15).keep.sum() < 20
+    _, grad = prune.gradient(model, problem.pool, np.ones(368, bool), problem.fill)
+    assert (np.diff(grad[prune.rank_by_attribution(problem)]) >= -1e-9).all()
+
+
+def test_no_circuit_is_found_where_there_is_none(cues):
+    """The controls: answers dealt out at random to the same prompts, and the same weights at
+    other places among the nonzero ones."""
+    study = prune.Study(wired())
+    real, nonsense = (prune.Problem(study.model, study.fill, "cue", FEW, nonsense=x)
+                      for x in (False, True))
+    one, two = real.pool, nonsense.pool
+    assert np.array_equal(one.ids, two.ids) and np.array_equal(two.right[::2], two.wrong[1::2])
+    assert 10 < (one.right != two.right)[::2].sum() < 22
+    assert np.array_equal(two.right == ord("x"), two.sign > 0)
+    other = prune.Problem(study.shuffled, study.shuffled_fill, "cue", FEW)
+    for problem in (nonsense, other):
+        found = prune.search(problem, quiet)
+        assert found.cut is None and found.loss > 0.15
+    for name, w in study.model.params.items():
+        dealt = study.shuffled.params[name]
+        assert np.array_equal(np.sort(w, None), np.sort(dealt, None))
+        assert np.array_equal(w != 0, dealt != 0)
+
+
+def test_a_task_that_needs_no_node_has_an_empty_circuit(cues, monkeypatch):
+    """What the bigram table alone does: checked, saved and drawn like any other."""
+    monkeypatch.setitem(tasks.TASKS, "trivial", trivial)
+    params = dict(wired().params, bigram=np.zeros((257, 257), "f4"))
+    params["bigram"][[ord("<"), ord(">")], [ord("x"), ord("y")]] = 30
+    model = wired()._replace(params=params, cfg=dataclasses.replace(wired().cfg, bigram=True))
+    circuit = prune.finish("circuits", prune.prune(model, "trivial", FEW, log=quiet), model)
+    assert (circuit.record["size"]["nodes"], circuit.record["size"]["edges"]) == (0, 0)
+    Page(Path("circuits/trivial.html").read_text())
+    json.loads(Path("circuits/trivial.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert "trivial" in prune.listing(circuit) and not prune.explain(circuit.record["example"])
+
+
+def test_a_circuit_is_judged_by_prompts_that_it_was_not_calibrated_on(cues):
+    """No pair is on both sides; the loss is that of the one side, calibrated on the other."""
+    problem = prune.Problem(wired(), np.zeros(368, "f4"), "cue", FEW)
+    sides = [{row.tobytes() for row in some.prompts.ids} for some in (problem.on, problem.fit_on)]
+    assert not sides[0] & sides[1] and len(sides[0]) == len(sides[1]) == 32
+    cut = prune.Cut(np.random.default_rng(0).random(368) < 0.9)
+    on, fit_on = (prune.Whole(problem.model, problem.fill, some.prompts)
+                  for some in (problem.on, problem.fit_on))
+    fitted = prune.calibrate(prune.margins(fit_on.logits(cut), fit_on.prompts),
+                             fit_on.prompts.sign)
+    loss = sg.score(fitted.logits(on.logits(cut), on.prompts), on.prompts).binary
+    assert problem.loss(cut) == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_masks_are_learned_by_adamw_through_a_sigmoid(cues, monkeypatch, tied):
+    """The rule (paper A.5) written out, with the sigmoid's slope taken numerically."""
+    s = dataclasses.replace(FEW, steps=40, tied=tied)
+    problem = prune.Problem(wired(), np.zeros(368, "f4"), "cue", s)
+    rng, group, kept = np.random.default_rng(1), np.arange(368), []
+    noise, need = 0.2 * randoms(rng, 40, 1) * randoms(rng, 40, 368), 0.2 * randoms(rng, 368)
+    for h, c in np.ndindex(2 * tied, 16):
+        q, k = (prune.node_number(f"h{h}.{x}.{c}", problem.model.cfg) for x in "qk")
+        group[k] = q
+
+    def gradient(model, prompts, keep, fill):  # at the target, where k_coef stays as it is
+        kept.append(keep)
+        return s.target, need * (1 + keep) + noise[len(kept) - 1]
+    monkeypatch.setattr(prune, "gradient", gradient)
+    _, t = prune.learn_masks(problem, 0.02, 0.0, 0.2, [0, 0], quiet)  # at rate 0: as it starts
+    kept.clear()
+    order, tau = prune.learn_masks(problem, 0.02, 0.06, 0.2, [0, 0], quiet)
+    m = v = use = np.zeros(368)
+    for step, keep in enumerate(kept):
+        assert np.array_equal(keep, t >= 0)
+        low, high = (1 / (1 + np.exp(-(t + d) / 0.2)) for d in (-1e-5, 1e-5))
+        by_node = need * (1 + keep) + noise[step]
+        g = np.bincount(group, by_node + 0.02, 368)[group] * (high - low) / 2e-5
+        g /= max(1, np.linalg.norm(g[np.unique(group)]))
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        use = 0.95 * use - 0.05 * np.bincount(group, by_node, 368)[group]
+        way = m / (1 - 0.9**(step + 1)) / (np.sqrt(v / (1 - 0.95**(step + 1))) + 1e-8)
+        t = np.clip(t - 0.06 * (1 - step / 40) * (way + 1e-3 * t), -1, 1)
+    assert len(kept) == 40 and np.allclose(tau, t, 1e-4, 1e-5) and 9 < (tau == 1).sum() < 150
+    assert (np.diff(tau[order]) <= 0).all() and sorted(order) == list(range(368))
+    assert (np.diff(use[order][tau[order] == 1]) <= 1e-12).all()
+
+
+def test_the_same_seed_finds_the_same_circuit_with_any_number_of_processes(cues):
+    """Everything that is saved, digit for digit, but the number of threads itself."""
+    one = found_circuit()
+    other = prune.prune(wired(threads=3), "cue", FEW, log=prune.quiet, workers=2)
+    other.record["model"]["config"]["threads"] = 1
+    assert one.record == other.record and one.calibration == other.calibration
+    assert np.array_equal(one.cut.keep, other.cut.keep) and np.array_equal(one.fill, other.fill)
+
+
+# ---- circuits: what is measured and printed -----------------------------------------------------
+
+@given(cfg=configs(), seed=SEEDS, threads=st.integers(1, 3))
+def test_mean_activations_are_those_of_the_model_as_it_runs(backend, cfg, seed, threads):
+    """The mean over all tokens, with AbsTopK, in parts of a batch on any number of threads."""
+    model, _, prompts, _ = drawn_cut(cfg, seed)
+    total = 0
+    for row in prompts.ids:
+        run_hook(model, row[None], hook := Push())
+        total = total + np.concatenate([x.sum(0) for x in hook.seen.values()])
+    model = model._replace(cfg=dataclasses.replace(cfg, threads=threads))
+    means = prune.mean_activations(model, prompts.ids)
+    assert np.allclose(means, total / prompts.ids.size, 1e-9, 1e-12)
+
+
+def test_text_windows_are_of_the_text_that_was_trained_on(prose):
+    """Frozen values are means over it; other text, with another tokenizer, is refused."""
+    model = sg.train(tiny(steps=1), log=quiet)
+    stream = sg.load_corpus(model.cfg, quiet).train["code"].tobytes()
+    windows = prune.text_windows(model, 5)
+    assert windows.shape == (5, 8) and len({row.tobytes() for row in windows}) == 5
+    assert all(row.astype(np.uint16).tobytes() in stream for row in windows)
+    Path(prose).write_text(Path(prose).read_text().replace("return", "other words"))
+    with pytest.raises(sg.UserError, match="another tokenizer"):
+        prune.text_windows(model, 5)
+
+
+@given(B=st.integers(1, 2), T=st.integers(1, 6), H=st.integers(1, 3), sink=st.booleans(),
+       seed=SEEDS)
+def test_attention_weights_are_those_that_attention_uses(B, T, H, sink, seed):
+    """Patterns that are printed and compared, the sink's share included."""
+    rng = np.random.default_rng(seed)
+    qkv, logit = 2 * randoms(rng, B * T, 3, 2 * H), randoms(rng, H) if sink else None
+    weights = prune.attention_weights(qkv[:, 0], qkv[:, 1], logit, B, 2)
+    [(_, _, e, total, to_sink)] = sg.attention(qkv, logit, B, 2)[1][-1]
+    assert np.allclose(weights[..., :-1], e / total) and np.allclose(weights.sum(-1), 1)
+    assert np.allclose(weights[..., -1:], to_sink if sink else 0)
+
+
+@given(cfg=configs(act="relu", afrac=1.0, sink=False), seed=SEEDS)
+def test_weights_and_effective_biases_add_up_to_the_nodes(cfg, seed):
+    """A node is its printed bias and its edges x where these come from; without any, constant."""
+    model, fill, prompts, cut = drawn_cut(cfg, seed)
+    cut = cut._replace(edges=prune.kept_edges(cut, model.params, cfg))
+    seen, _ = slow_circuit(model, fill, prompts.ids[0, :1], cut)  # one token attends to itself
+    value, bias = np.concatenate([x[0] for x in seen.values()]), prune.effective_bias(
+        model, cut, fill)
+    kept, edges = named(cut, model)
+    total = {prune.node_name(n, cfg): x for n, x in bias.items()}
+    assert total.keys() == {name for name in kept if not re.search("_in|final", name)}
+    for (source, target), (name, i, j) in edges.items():
+        total[target] += value[prune.node_number(source, cfg)] * model.params[name][i, j]
+    for name, x in total.items():
+        x = max(x, 0) if "neuron" in name else x
+        assert value[prune.node_number(name, cfg)] == pytest.approx(x, abs=1e-9)
+
+
+@given(cfg=configs(), seed=SEEDS, data=st.data())
+def test_a_node_set_by_hand_has_that_value(backend, cfg, seed, data):
+    """--set: the same as a hook that adds the difference; the value it has changes nothing."""
+    model, _, prompts, _ = drawn_cut(cfg, seed)
+    node = data.draw(st.integers(0, prune.n_nodes(cfg) - 1))
+    place, _, channel = prune.node_name(node, cfg).rpartition(".")
+    for ids in (prompts.ids[:1, :1], prompts.ids):
+        logits = run_hook(model, ids, hook := Push())
+        now = hook.seen[place][:, int(channel)]
+        if ids.size == 1:
+            hook = prune.Set({node: float(now[0])}, cfg)
+            assert np.array_equal(run_hook(model, ids, hook), logits)
+        amount = np.zeros((ids.size, cfg.d_model * (4 if "neuron" in place else 1)))
+        amount[:, int(channel)] = 1.5 - now
+        assert np.allclose(run_hook(model, ids, prune.Set({node: 1.5}, cfg)),
+                           run_hook(model, ids, Push(place, amount)))
+
+
+def test_what_is_said_of_the_known_circuit_is_true(cues):
+    """Its links, its losses, the walk through a prompt pair, attention, checks, --set."""
+    model, circuit = wired(), found_circuit()
+    r, score = circuit.record, sg.evaluate_tasks(model, 16)["cue"]._asdict()
+    assert {(e["from"], e["to"]) for e in r["edges"]} == EDGES
+    assert links_of(r) - EDGES == {
+        ("h0.attn_out.1", "h1.mlp_in.1"), ("h1.mlp_out.3", "final.3"), ("final.3", "x"),
+        ("final.3", "y"), *((token, f"h0.attn_in.{c}") for token in "<>" for c in (0, 4))}
+    assert r["losses"]["full"]["search"] == pytest.approx(score, rel=1e-5)
+    for row, tokens in enumerate(r["example"]["prompts"]):
+        ids = [sg.Tokenizer.EOT, *map(ord, tokens[1:])]
+        seen, logits = slow_circuit(model, circuit.fill, ids, circuit.cut)
+        assert r["example"]["values"].keys() == NODES
+        for name, values in r["example"]["values"].items():
+            place, _, channel = name.rpartition(".")
+            assert np.allclose(values[row], seen[place][:, int(channel)], atol=2e-3)
+        margin = circuit.calibration.scale * (logits[-1, ord("x")] - logits[-1, ord("y")])
+        margin = (1 - 2 * row) * (margin + circuit.calibration.shift)
+        assert r["example"]["margins"][row] == pytest.approx(margin, abs=2e-3)
+        assert r["example"]["answers"][row] == "xy"[row] and tokens[1] == "<>"[row]
+        [head] = r["heads"]
+        [[token, weight], *_] = head["attends"][row]["to"]
+        assert head["name"] == "h0.head.0" and token == "<>"[row] and weight > 0.9
+    checks = {check["name"]: check for check in r["checks"]}
+    assert len(checks) == 8 and checks.pop("necessity")["loss"] > 0.5
+    assert all(check["passed"] for check in checks.values())
+    neuron = prune.node_number("h1.neuron.5", model.cfg)
+    problem = prune.Problem(model, circuit.fill, "cue", FEW)
+    assert not prune.check_resampled(problem, circuit.cut.without_nodes(neuron),
+                                     circuit.calibration, prune.text_windows(model, 64))["passed"]
+    as_it_is, changed = prune.intervene(model, "cue", {neuron: 0.0}, FEW)[-2:]
+    assert "100.0%" in as_it_is and f"{score['binary']:.4f}" in as_it_is and " 50.0%" in changed
+
+
+NODE = r"\b(?:h\d+\.(?:attn_in|q|k|v|attn_out|mlp_in|neuron|mlp_out)|final)\.\d+"
+NASTY = "</script><b>\"&' \\\ud800"
+
+
+def nasty(x):
+    """A record with a hostile end to every text that is no node's name."""
+    if isinstance(x, str):
+        return x if re.fullmatch(NODE, x) else x + NASTY
+    if isinstance(x, dict):
+        return {key: nasty(value) for key, value in x.items()}
+    return list(map(nasty, x)) if isinstance(x, (list, tuple)) else x
+
+
+def whole_record():
+    """What the drawings are made from."""
+    circuit = found_circuit()
+    return dict(circuit.record, task=circuit.task, settings=dataclasses.asdict(circuit.settings),
+                calibration=circuit.calibration._asdict())
+
+
+def links_of(record):
+    """{(from, to)} of all connections, tokens among them."""
+    return {(e.get("from", e.get("token")), e.get("to", e.get("token")))
+            for kind in ("edges", "residual", "embed", "unembed") for e in record[kind]}
+
+
+def test_the_listing_has_every_node_and_edge_and_no_other():
+    """Text: each node is a heading once, its edges with their weights are under it."""
+    headings, found, record = [], set(), found_circuit().record
+    for line in prune.listing(found_circuit()).splitlines():
+        headings += re.findall(f"^{NODE}", line)
+        if edge := re.match(rf"    <- ({NODE})  ([+-]\d\.\d+)", line):
+            found.add((edge[1], headings[-1], float(edge[2])))
+    assert sorted(headings) == sorted(NODES)
+    assert found == {(e["from"], e["to"], round(e["weight"], 3)) for e in record["edges"]}
+    assert set(re.findall(NODE, prune.explain(record["example"]))) == NODES
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, which have to balance, its texts and its attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts, self.attributes = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        self.open += [tag] * (tag not in ("meta", "br"))
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("change", [dict, nasty])
+def test_the_drawings_have_every_node_and_edge_and_nothing_from_outside(change):
+    """HTML and DOT: well formed, self-contained; no text of a model or a task becomes markup."""
+    record = change(whole_record())
+    text, links = prune.page(record), {
+        tuple(x if re.fullmatch(NODE, x) else html.unescape(prune.visible(x)) for x in link)
+        for link in links_of(record)}
+    found, (_, *lines, _) = Page(text), prune.dot(record).splitlines()
+    assert found.tags == Page(prune.page(whole_record())).tags and text.encode("utf-8")
+    assert not re.search(r"https?:|src=|@import|url\((?!#|data:)", text)
+    assert not {"link", "img", "iframe", "object"} & set(found.tags)
+    ids = [f"#{value}" for name, value in found.attributes if name == "id"]
+    assert len(set(ids)) == len(ids)
+    assert {value for name, value in found.attributes if name == "href"} <= set(ids)
+    assert {x for text in found.texts for x in re.findall(NODE, text)} == NODES
+    assert links == {tuple(x.rsplit(" ", 1)[0].split(" → ")) for x in found.texts
+                     if re.search(". → .", x)}
+    boxes, arrows = {}, []
+    for line in lines:
+        if box := re.fullmatch(r'(n\d+) \[label="((?:[^"\\]|\\\\)*)"\]', line):
+            boxes[box[1]] = html.unescape(box[2].replace(r"\\", "\\"))
+        elif arrow := re.fullmatch(r"(n\d+) -> (n\d+) \[.*\]", line):
+            arrows.append(arrow)
+        else:
+            assert re.fullmatch(r'}|subgraph "[^"]*" {label="[^"]*"', line)
+    assert {(boxes[arrow[1]], boxes[arrow[2]]) for arrow in arrows} == links
+    assert NODES <= set(boxes.values()) and len(arrows) == len(links)
+
+
+# ---- circuits: files and command line -----------------------------------------------------------
+
+def write_circuit():
+    """The network and its circuit as files; the latter's content."""
+    sg.save("model.npz", wired())
+    prune.save("circuits/cue.json", found_circuit())
+    return json.loads(Path("circuits/cue.json").read_text())
+
+
+def run_prune(capsys, line):
+    return run_main(capsys, *line.split(), main=prune.main)
+
+
+def test_a_circuit_file_gives_back_the_circuit_and_its_losses(cues):
+    """Cut, calibration, means and settings; every printed loss comes out again."""
+    write_circuit()
+    one = dataclasses.replace(found_circuit(), record=dict(found_circuit().record, doc=NASTY))
+    prune.save("circuits/cue.json", one)
+    two = prune.load("circuits/cue.json")
+    model = prune.load_model("model.npz")
+    assert (two.task, two.settings, two.calibration) == ("cue", one.settings, one.calibration)
+    assert one.fill.dtype == two.fill.dtype and np.array_equal(one.fill, two.fill)
+    assert named(two.cut, model) == named(one.cut, model)
+    assert two.record == json.loads(json.dumps(one.record))
+    assert prune.same_model(two, model, "cue.json") is None and prune.verify(two, model) == []
+
+
+@pytest.mark.parametrize("change", ["weight", "edge", "loss", "mean"])
+def test_a_circuit_that_is_not_the_models_is_seen(cues, change, capsys):
+    """A weight changed in the model is another model; what is changed in the file differs."""
+    content, model = write_circuit(), wired()
+    if change == "weight":
+        model.params["h0.attn.wo"][0, 1] *= 1.001
+        sg.save("model.npz", model)
+    elif change == "edge":
+        del content["edges"][2]
+    elif change == "mean":
+        content["fill"] = [x + 0.1 for x in content["fill"]]
+    else:
+        content["losses"]["circuit"]["held"]["full"] += 0.01
+    write({"circuits/cue.json": json.dumps(content).encode()})
+    status, out, err = run_prune(capsys, "--check circuits/cue.json")
+    if change == "weight":
+        assert (status, out) == (2, "") and "another model" in err
+    else:
+        assert (status, err) == (1, "") and "circuit" in out and "the file says" in out
+
+
+def check_file(capsys, content):
+    """Fails unless a changed file does no harm or is refused in one line; whether it is."""
+    refused = []
+    write({"circuits/cue.json": content})
+    for line in ("--check circuits/cue.json", "cue --explain"):
+        status, _, err = run_prune(capsys, line + " --model model.npz")
+        assert status == 2 and err.count("\n") == 1 or status in (0, 1) and not err
+        refused.append(status == 2)
+    return all(refused)
+
+
+@pytest.mark.parametrize("content", [
+    "", "5", "null", '"x"', "[]", "{}", "[" * 10**5, '{"format": 1}', "\xff", "PK\x03",
+    json.dumps(dict(format=prune.FORMAT)), 0.1, 0.6, 0.99])
+def test_a_foreign_or_truncated_file_is_no_circuit(cues, content, capsys):
+    """One line and status 2, from each command that reads one."""
+    text = json.dumps(write_circuit())
+    content = text[:int(content * len(text))] if isinstance(content, float) else content
+    assert check_file(capsys, content.encode("latin-1"))
+
+
+@given(data=st.data(),
+       value=st.sampled_from(["gone", None, 5, -1, "x", [], {}, math.nan, 10**400]))
+@settings(max_examples=60)
+def test_a_damaged_circuit_file_is_refused_or_unharmed(cues, capsys, data, value):
+    """A key, an item or a value missing or of another type, anywhere: never another exception."""
+    content = at = write_circuit()
+    while True:
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        if not at[key] or not isinstance(at[key], (dict, list)) or data.draw(st.booleans()):
+            break
+        at = at[key]
+    at[key] = value
+    if value == "gone":
+        del at[key]
+    check_file(capsys, json.dumps(content).encode())
+
+
+@pytest.fixture
+def brief(cues, monkeypatch):
+    """Searches as short as FEW, from the command line too."""
+    real = prune.settings_of
+    monkeypatch.setattr(prune, "TRIALS", prune.TRIALS[:1])
+    monkeypatch.setattr(prune, "SWEEP", (0.3, 0.15))
+    monkeypatch.setattr(prune, "settings_of", lambda args: dataclasses.replace(
+        real(args), steps=60, search_pairs=16))
+    sg.save("model.npz", wired())
+
+
+@pytest.mark.parametrize("line, said", [
+    ("ceu", "cue"), ("", "name a task"), ("cue --sede 3", "did you mean --seed"),
+    ("cue --model none.npz", "none.npz"), ("cue --model text.txt", "text.txt"),
+    ("cue --model cut.npz", "cut.npz"), ("cue --explain --out none", "none"),
+    ("--check none.json", "none.json"), ("--check text.txt", "text.txt"),
+    ("--check circuits/cue.json --model other.npz", "another model"),
+    ("cue --explain --model other.npz", "another model"), ("cue --target 0", "--target"),
+    ("cue --target nan", "--target"), ("cue --target 5", "--target"), ("cue --out c/a", "c/a"),
+    ("cue --target x", "--target"), ("cue --budget -1", "--budget"), ("cue --seeds 0", "--seeds"),
+    ("cue --budget nan", "--budget"), ("cue --seed -1", "--seed"), ("all --set final.1=0", "all"),
+    ("cue --set h1.neuron.5", "h1.neuron.5"), ("cue --set h1.neuron.99=1", "h1.neuron.99"),
+    ("cue --set h1.neuron.5=x", "--set"), ("cue --set h1.neuron.5=nan", "finite"),
+    ("cue --ablate final.99", "final.99"), ("cue --set final.1=1 --explain", "not allowed with"),
+    ("cue --ablation foo", "--ablation"), ("cue --out text.txt", "text.txt"),
+    ("cue --out text.txt/x", "text.txt"), ("hopeless", "hopeless"), ("endless", "context"),
+    ("cue --target 1e-4", "target")])
+def test_a_mistake_in_pruning_is_one_line_and_status_two(brief, line, said, capsys):
+    """No traceback, nothing written, nothing printed beside the line that says what is wrong."""
+    write_circuit()
+    sg.save("other.npz", wired(seed=1))
+    write({"text.txt": b"x", "cut.npz": Path("model.npz").read_bytes()[:-99], "c/a": b""})
+    before = files()
+    status, out, err = run_prune(capsys, line + " --model model.npz" * ("--model" not in line))
+    assert (status, out, err.count("\n")) == (2, "", 1) and "Traceback" not in err and said in err
+    assert files() == before
+
+
+def test_the_whole_path_of_pruning_runs(brief, capsys):
+    """Prune, check, explain, set, ablate."""
+    status, out, err = run_prune(capsys, "cue --model model.npz")
+    assert (status, err) == (0, "") and "h1.neuron.5" in out and "circuits/cue.json" in out
+    assert {path.suffix for path in Path("circuits").iterdir()} == {".json", ".html", ".dot"}
+    nodes, edges = named(prune.load("circuits/cue.json").cut, wired())
+    assert (nodes, edges.keys()) == (NODES, EDGES)
+    status, out, err = run_prune(capsys, "--check circuits/cue.json")
+    assert (status, err) == (0, "") and out.count("\n") == 1
+    status, out, err = run_prune(capsys, "cue --model model.npz --explain")
+    assert (status, err) == (0, "") and set(re.findall(NODE, out)) == NODES
+    for change in ("--set h1.neuron.5=0", "--ablate h1.neuron.5 --ablate final.1"):
+        status, out, err = run_prune(capsys, "cue --model model.npz " + change)
+        assert (status, err) == (0, "") and "100.0%" in out and " 50.0%" in out
+
+
+def test_all_tasks_are_pruned_and_finished_circuits_are_kept(brief, capsys):
+    """A task that cannot be pruned ends nothing. A second run does only what is missing, damaged
+    or asked for otherwise."""
+    def run(more=""):
+        status, out, err = run_prune(
+            capsys, "all --model model.npz --seeds 1 --sweep --out circuits " + more)
+        assert (status, err) == (0, "") and "11 nodes, 6 edges" in out
+        assert all(re.search(f"{task} .*not pruned", out) for task in ("hopeless", "endless"))
+        Page(Path("circuits/summary.html").read_text())
+        return files(), "kept" in out
+    first, kept = run()
+    assert not kept and sorted(path.name for path in first if path.parent.name == "circuits") == [
+        "cue.dot", "cue.html", "cue.json", "summary.html"]
+    assert run() == (first, True)
+    write({"circuits/cue.json": first[Path("circuits/cue.json")][:-99]})
+    assert run() == (first, False)
+    assert run("--target 0.1")[1] is False
+
+
+def test_an_interrupted_search_is_status_130_and_the_next_one_runs(brief, capsys, monkeypatch):
+    """Ctrl-C ends that run, writes nothing, and leaves nothing behind."""
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "learn_masks", interrupted)
+        status, _, err = run_prune(capsys, "cue --model model.npz")
+    assert status == 130 and "Traceback" not in err and not list(Path("circuits").iterdir())
+    assert run_prune(capsys, "cue --model model.npz --seeds 1")[0] == 0
