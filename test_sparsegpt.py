@@ -2143,6 +2143,8 @@ def test_what_is_said_of_the_known_circuit_is_true(cues):
     checks = {check["name"]: check for check in r["checks"]}
     assert len(checks) == 8 and checks.pop("necessity")["loss"] > 0.5
     assert all(check["passed"] for check in checks.values())
+    frozen = r["losses"]["circuit"]["search"]["binary"]
+    assert checks["resampled ablation"]["loss"] > 1.5 * frozen > 0  # not the mean once more
     neuron = prune.node_number("h1.neuron.5", model.cfg)
     problem = prune.Problem(model, circuit.fill, "cue", FEW)
     assert not prune.check_resampled(problem, circuit.cut.without_nodes(neuron),
@@ -2381,9 +2383,12 @@ def test_the_whole_path_of_pruning_runs(brief, capsys):
     assert (status, err) == (0, "") and out.count("\n") == 1
     status, out, err = run_prune(capsys, "cue --model model.npz --explain")
     assert (status, err) == (0, "") and set(re.findall(NODE, out)) == NODES
-    for change in ("--set h1.neuron.5=0", "--ablate h1.neuron.5 --ablate final.1"):
-        status, out, err = run_prune(capsys, "cue --model model.npz " + change)
-        assert (status, err) == (0, "") and "100.0%" in out and " 50.0%" in out
+    mean = float(found_circuit().fill[prune.node_number("h1.neuron.5", wired().cfg)])
+    outs = [run_prune(capsys, "cue --model model.npz " + change) for change in (
+        f"--set h1.neuron.5={mean}", "--ablate h1.neuron.5", "--set final.1=2 --set final.3=1")]
+    assert outs[0] == outs[1] != outs[2]
+    for status, out, err in outs:
+        assert (status, err) == (0, "") and "100.0%" in out and re.search("changed .* 50.0%", out)
 
 
 def test_all_tasks_are_pruned_and_finished_circuits_are_kept(brief, capsys):
