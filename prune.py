@@ -107,20 +107,17 @@ class Cut(NamedTuple):
     keep: np.ndarray
     edges: dict | None = None
 
-    def without_nodes(self, nodes):
-        """The cut less some nodes, given by number."""
-        keep = self.keep.copy()
-        keep[nodes] = False
-        return self._replace(keep=keep)
-
-    def without_edges(self, edges):
-        """The cut less some edges, given as (matrix, row, column)."""
-        left = dict(self.edges)
-        for name in {name for name, _, _ in edges}:
-            left[name] = left[name].copy()
-        for name, i, j in edges:
-            left[name][i, j] = False
-        return self._replace(edges=left)
+    def without(self, items):
+        """The cut less some nodes, given by number, and edges, given as (matrix, row, column)."""
+        keep, edges = self.keep.copy(), self.edges and dict(self.edges)
+        for name in {item[0] for item in items if isinstance(item, tuple)}:
+            edges[name] = edges[name].copy()
+        for item in items:
+            if isinstance(item, tuple):
+                edges[item[0]][item[1:]] = False
+            else:
+                keep[item] = False
+        return Cut(keep, edges)
 
 
 def kept_edges(cut, params, cfg):
@@ -359,7 +356,8 @@ class Whole:
 
 class Compact(Whole):
     """The same numbers, to rounding, from the kept rows and columns alone: what it costs to try a
-    cut. Twenty times as fast on a small circuit."""
+    cut. Twenty times as fast on a small circuit. A cut that is like an earlier one up to some step
+    (a block's attention, or its MLP) is run from there: trials differ in one place."""
 
     def __init__(self, model, fill, prompts):
         super().__init__(model, fill, prompts)
@@ -369,13 +367,43 @@ class Compact(Whole):
         self.base = {name: p[m.bias] + fill[m.source] @ p[name]
                      for name, m in matrices(cfg).items()}
         self.base["head.w"] = p["head.b"] + fill[node_slices(cfg)["final"]] @ p["head.w"]
-        self.start = []
+        self.start, self.rows, self.bigram = [], [], 0
         for part in self.parts:
-            ids = xp.asarray(part.ids)
-            x = sg.embedding(ids, model.params["wte"], model.params.get("wpe"))[0].copy()
-            rows = xp.arange(len(ids)) * ids.shape[1] + xp.asarray(part.last)
-            bigram = model.params["bigram"][ids.reshape(-1)[rows]] if cfg.bigram else 0
-            self.start.append((x, sg.rmsnorm(x)[0].copy(), rows, bigram))
+            ids, last = xp.asarray(part.ids), xp.asarray(part.last)
+            self.start.append(sg.embedding(ids, model.params["wte"], model.params.get("wpe"))[0])
+            self.rows.append(xp.arange(len(ids)) * ids.shape[1] + last)
+        if cfg.bigram:
+            current = self.prompts.ids[np.arange(len(self.prompts.last)), self.prompts.last]
+            self.bigram = p["bigram"][current]
+        self.memory = [{} for _ in range(2 * cfg.n_layer)]  # by step: {what is kept: streams}
+
+    def logits(self, cut):
+        cfg, streams, key = self.model.cfg, self.start, ()
+        for step, memory in enumerate(self.memory):
+            i, in_mlp = divmod(step, 2)
+            key += self.signature(cut, i, ("mlp.wfc", "mlp.wproj") if in_mlp else
+                                  ("attn.wqkv", "attn.wo")),
+            if key not in memory:
+                memory[key] = (self.mlp if in_mlp else self.attention)(cut, i, streams)
+            streams = memory[key] = memory.pop(key)  # the latest is the last
+            if len(memory) > 3:
+                del memory[next(iter(memory))]
+        part = node_slices(cfg)["final"]
+        rows = np.flatnonzero(cut.keep[part])
+        w = self.host["head.w"][rows]
+        x = np.concatenate([sg.to_host(sg.rmsnorm(x)[0]) for x in streams])
+        return x[:, rows] @ w + self.base["head.w"] - self.fill[part][rows] @ w + self.bigram
+
+    def signature(self, cut, i, names):
+        """Bytes that are alike where a step of two cuts is."""
+        out = []
+        for name in names:
+            m = matrices(self.model.cfg)[f"h{i}.{name}"]
+            ends = cut.keep[m.source], cut.keep[m.target]
+            out += [end.tobytes() for end in ends]
+            if cut.edges is not None:
+                out.append(cut.edges[f"h{i}.{name}"][np.ix_(*ends)].tobytes())
+        return b"".join(out)
 
     def small(self, cut, name, rows, columns):
         """(weights, bias) of the rows and columns of a matrix, edges deleted, the rest frozen."""
@@ -383,105 +411,93 @@ class Compact(Whole):
         w = self.host[name][np.ix_(rows, columns)]
         if cut.edges is not None:
             w = w * cut.edges[name][np.ix_(rows, columns)]
-        return w, self.base[name][columns] - self.fill[m.source][rows] @ w
+        b = self.base[name][columns] - self.fill[m.source][rows] @ w
+        return sg.xp.asarray(w), sg.xp.asarray(b)
 
-    def build(self, cut):
-        """The small arrays of a cut: one dict a block, and (rows, weights, bias) of the head."""
-        cfg, at, fill, blocks = self.model.cfg, node_slices(self.model.cfg), self.fill, []
-        for i in range(cfg.n_layer):
-            h = f"h{i}."
-            keep = {p: cut.keep[at[h + p]] for p in PLACES}
-            rows = {p: np.flatnonzero(keep[p]) for p in PLACES}
-            block = dict(rows, attn_rest=np.where(keep["attn_out"], 0, fill[at[h + "attn_out"]]),
-                         mlp_rest=np.where(keep["mlp_out"], 0, fill[at[h + "mlp_out"]]))
-            if len(rows["attn_out"]):
-                block |= self.build_attention(cut, h, keep, rows)
-            if len(rows["mlp_out"]):
-                block["wfc"], block["bfc"] = self.small(cut, h + "mlp.wfc", rows["mlp_in"],
-                                                        rows["neuron"])
-                block["wproj"], block["bproj"] = self.small(cut, h + "mlp.wproj", rows["neuron"],
-                                                            rows["mlp_out"])
-            blocks.append({k: [sg.xp.asarray(x) for x in v] if k == "among" else sg.xp.asarray(v)
-                           for k, v in block.items()})
-        rows = np.flatnonzero(cut.keep[at["final"]])
-        w = self.host["head.w"][rows]
-        head = rows, w, self.base["head.w"] - fill[at["final"]][rows] @ w
-        return blocks, [sg.xp.asarray(x) for x in head]
+    def writes(self, cut, place):
+        """(kept channels of a place that writes to the stream, what the frozen ones write)."""
+        part = node_slices(self.model.cfg)[place]
+        keep = cut.keep[part]
+        return np.flatnonzero(keep), sg.xp.asarray(np.where(keep, 0, self.fill[part]))
 
-    def build_attention(self, cut, h, keep, rows):
-        """The part of `build` for the heads that have a kept node; the others need no attention.
+    def mlp(self, cut, i, streams):
+        """The streams after a block's MLP."""
+        cfg, at, h = self.model.cfg, node_slices(self.model.cfg), f"h{i}."
+        ins, mids = (np.flatnonzero(cut.keep[at[h + place]]) for place in ("mlp_in", "neuron"))
+        columns, rest = self.writes(cut, h + "mlp_out")
+        w, b = self.small(cut, h + "mlp.wfc", ins, mids)
+        w2, b2 = self.small(cut, h + "mlp.wproj", mids, columns)
+        k, k_mid, ins, columns = (cfg.k(cfg.d_model), cfg.k(4 * cfg.d_model), sg.xp.asarray(ins),
+                                  sg.xp.asarray(columns))
+        out = []
+        for x in streams:
+            out.append(x + rest)
+            if len(columns):
+                y = sg.abstopk(sg.rmsnorm(x)[0][:, ins], k)[0] @ w + b
+                y = (sg.gelu if cfg.act == "gelu" else sg.relu)(y)[0]
+                out[-1][:, columns] += sg.abstopk(sg.abstopk(y, k_mid)[0] @ w2 + b2, k)[0]
+        return out
 
-        A frozen v still passes on what its head's sink leaves of the attention: `left`, by head.
+    def attention(self, cut, i, streams):
+        """The streams after a block's attention; after the last block's, at the deciding positions
+        alone.
+
+        Heads without a kept node need no attention. A frozen v still passes on what its head's
+        sink leaves of the attention: `left`, by head.
         """
-        cfg, p, fill, at = self.model.cfg, self.host, self.fill, node_slices(self.model.cfg)
-        C, D, columns = cfg.d_model, cfg.d_head, rows["attn_out"]
-        heads = np.flatnonzero((keep["q"] | keep["k"] | keep["v"]).reshape(-1, D).any(1))
+        cfg, at, h, xp = self.model.cfg, node_slices(self.model.cfg), f"h{i}.", sg.xp
+        p, fill, C, D, k = self.host, self.fill, cfg.d_model, cfg.d_head, cfg.k(cfg.d_model)
+        final, (columns, rest) = i == cfg.n_layer - 1, self.writes(cut, h + "attn_out")
+        keep = [cut.keep[at[h + place]] for place in "qkv"]
+        alive = (keep[0] | keep[1] | keep[2]).reshape(-1, D).any(1)
+        heads, others = np.flatnonzero(alive), np.flatnonzero(~alive)
         channels = (heads[:, None] * D + np.arange(D)).reshape(-1)
-        qkv = np.concatenate([channels, C + channels, 2 * C + channels])
-        target = matrices(cfg)[h + "attn.wqkv"].target
-        kept = cut.keep[target][qkv]
-        w, b = self.small(cut, h + "attn.wqkv", rows["attn_in"], qkv)
-        v_fill, wo = fill[at[h + "v"]], p[h + "attn.wo"][:, columns]
-        out = wo[rows["v"]]
+        m, qkv = matrices(cfg)[h + "attn.wqkv"], np.add.outer([0, C, 2 * C], channels).reshape(-1)
+        ins, kept = np.flatnonzero(cut.keep[at[h + "attn_in"]]), cut.keep[m.target][qkv]
+        w, b = self.small(cut, h + "attn.wqkv", ins, qkv)
+        kept, frozen = xp.asarray(kept), xp.asarray(fill[m.target][qkv])
+        w, b = w * kept, xp.where(kept, b, frozen)
+
+        v_fill, wo, vs = fill[at[h + "v"]], p[h + "attn.wo"][:, columns], np.flatnonzero(keep[2])
+        w2 = wo[vs]
         if cut.edges is not None:
-            out = out * cut.edges[h + "attn.wo"][np.ix_(rows["v"], columns)]
-        bias = p[h + "attn.bo"][columns] + v_fill[rows["v"]] @ (wo[rows["v"]] - out)
-        left = (np.where(keep["v"], 0, v_fill)[:, None] * wo).reshape(-1, D, len(columns)).sum(1)
-        block = dict(heads=heads, wqkv=w * kept, bqkv=np.where(kept, b, fill[target][qkv]),
-                     among=[np.searchsorted(channels, rows[x]) for x in "qkv"], wo=out,
-                     left=left[heads])
+            w2 = w2 * cut.edges[h + "attn.wo"][np.ix_(vs, columns)]
+        b2 = p[h + "attn.bo"][columns] + v_fill[vs] @ (wo[vs] - w2)
+        left = np.where(keep[2], 0, v_fill)[:, None] * wo
+        left = left.reshape(len(alive), D, len(columns)).sum(1)
         if cfg.sink:  # n equal logits against the sink's: heads without a kept node
-            others = np.setdiff1d(np.arange(C // D), heads)
-            q, k = (fill[at[h + x]].reshape(-1, D)[others] for x in "qk")
+            q, k_fill = (fill[at[h + x]].reshape(-1, D)[others] for x in "qk")
             n = np.arange(1, cfg.n_ctx + 1)[:, None]
             sink = p[h + "attn.sink"]
-            share = n / (n + np.exp(sink[others] - (q * k).sum(1) / math.sqrt(D)))
-            return block | dict(sink=sink[heads], bo=(bias + share @ left[others]).astype(w.dtype))
-        return block | dict(bo=np.tile(bias + left.sum(0), (cfg.n_ctx, 1)))
+            share = n / (n + np.exp(sink[others] - (q * k_fill).sum(1) / math.sqrt(D)))
+            b2 = (b2 + share @ left[others]).astype(w2.dtype)
+        else:
+            b2 = np.tile(b2 + left.sum(0), (cfg.n_ctx, 1))
+        sink = xp.asarray(sink[heads]) if cfg.sink else None
+        ins, columns, w2, b2, left = (xp.asarray(a) for a in (ins, columns, w2, b2, left[heads]))
+        among = [xp.asarray(np.flatnonzero(kept[channels])) for kept in keep]
 
-    def logits(self, cut):
-        blocks, head = self.build(cut)
-        return np.concatenate([sg.to_host(self.run(blocks, head, part, *start))
-                               for part, start in zip(self.parts, self.start)])
-
-    def run(self, blocks, head, part, x, normed, rows, bigram):
-        """The logits [n, V] of a part: `sparsegpt.forward` on the small arrays."""
-        cfg, xp = self.model.cfg, sg.xp
-        B, T = part.ids.shape
-        position, k = xp.tile(xp.arange(T), B), cfg.k(cfg.d_model)
-        x = x.copy()
-        for i, b in enumerate(blocks):
-            final, columns = i == cfg.n_layer - 1, b["attn_out"]
-            y = None
-            if len(columns):
-                here = position[rows] if final else position
-                y = b["bo"][here]
-                if len(b["heads"]):
-                    normed = sg.rmsnorm(x)[0] if i else normed
-                    qkv = sg.abstopk(normed[:, b["attn_in"]], k)[0] @ b["wqkv"] + b["bqkv"]
-                    qkv = qkv.reshape(B * T, 3, -1)
-                    for place, among in enumerate(b["among"]):
-                        if len(among) > k:
-                            qkv[:, place, among] = sg.abstopk(qkv[:, place, among], k)[0]
-                    z, cache = sg.attention(qkv, b.get("sink"), B, cfg.d_head)
-                    z = z[rows] if final else z
-                    y += z[:, b["among"][2]] @ b["wo"]
-                    if cfg.sink:
-                        share = 1 - xp.concatenate([to_sink for *_, to_sink in cache[-1]], axis=2)
-                        share = share.transpose(0, 2, 1, 3).reshape(B * T, -1)
-                        y += (share[rows] if final else share) @ b["left"]
-            x = x[rows] if final else x
-            x += b["attn_rest"]
-            if y is not None:
-                x[:, columns] += sg.abstopk(y, k)[0]
-            if len(b["mlp_out"]):
-                y = sg.abstopk(sg.rmsnorm(x)[0][:, b["mlp_in"]], k)[0] @ b["wfc"] + b["bfc"]
-                y = (sg.gelu if cfg.act == "gelu" else sg.relu)(y)[0]
-                y = sg.abstopk(y, cfg.k(4 * cfg.d_model))[0] @ b["wproj"] + b["bproj"]
-                x[:, b["mlp_out"]] += sg.abstopk(y, k)[0]
-            x += b["mlp_rest"]
-        rows, w, bias = head
-        return sg.rmsnorm(x)[0][:, rows] @ w + bias + bigram
+        out = []
+        for part, x, ends in zip(self.parts, streams, self.rows):
+            B, T = part.ids.shape
+            rows = ends if final else xp.arange(B * T)
+            out.append(x[rows] + rest)
+            if not len(columns):
+                continue
+            y = b2[rows % T]
+            if len(heads):
+                a = sg.abstopk(sg.rmsnorm(x)[0][:, ins], k)[0] @ w + b
+                a = a.reshape(B * T, 3, -1)
+                for place, some in enumerate(among):
+                    if len(some) > k:
+                        a[:, place, some] = sg.abstopk(a[:, place, some], k)[0]
+                z, cache = sg.attention(a, sink, B, D, ends if final else None)
+                y += z[:, among[2]] @ w2
+                if cfg.sink:
+                    share = 1 - xp.concatenate([to_sink for *_, to_sink in cache[-1]], axis=2)
+                    y += share.transpose(0, 2, 1, 3).reshape(len(y), -1) @ left
+            out[-1][:, columns] += sg.abstopk(y, k)[0]
+        return out
 
 
 # ---- the search ---------------------------------------------------------------------------------
@@ -645,34 +661,37 @@ def bisect(order, good, guess=0):
     return first(order, high) if high < len(order) or good(first(order, high)) else None
 
 
-def spare(cut, items, without, loss, target, progress, stage):
+def spare(cut, items, without, loss, target, progress, stage, alone=None):
     """The cut less every item that it can do without: none of those left can go alone.
 
-    Each item is tried alone; those whose loss stays within the target go, the least needed first,
-    in groups that are halved where they fail, half of them before the other half is tried again.
-    Once none of them is left to go, all items are tried again.
+    Items are tried in passes, the least needed first by the loss without each when it was last
+    tried alone (kept in `alone`), in groups that double where the loss stays within the target and
+    are halved where it does not. The last pass has tried every item that is left, and none could
+    go.
     """
+    alone = {} if alone is None else alone
     left = items(cut)
-    while True:
-        alone = []
-        for i, item in enumerate(left):
-            alone.append(loss(without(cut, [item])))
-            progress(stage, i + 1, len(left))
-        free = [left[i] for i in np.argsort(alone, kind="stable") if alone[i] <= target]
-        if not free and len(left) == len(items(cut)):
-            return cut
-        gone, i, now = set(), 0, free[:-(-len(free) // 2)]
-        size = len(now)
-        while i < len(now):
-            group = now[i:i + size]
-            if loss(trial := without(cut, group)) <= target:
-                cut, i = trial, i + len(group)
-                gone.update(group)
+    new = [item for item in left if item not in alone]
+    for i, item in enumerate(new):
+        alone[item] = loss(without(cut, [item]))
+        progress(stage, i + 1, len(new))
+    left.sort(key=alone.get)
+    if len(new) == len(left):  # those that have just failed alone can wait for the next pass
+        left = [item for item in left if alone[item] <= target]
+    while left:
+        i, size, taken = 0, 1, False
+        while i < len(left):
+            group = left[i:i + size]
+            value = loss(trial := without(cut, group))
+            if value <= target:
+                cut, taken, i, size = trial, True, i + len(group), 2 * size
             elif len(group) > 1:
-                size = -(-len(group) // 2)
+                size = len(group) // 2
             else:
-                i += 1
-        left = [item for item in free if item not in gone] if gone else items(cut)
+                alone[group[0]], i = value, i + 1
+            progress(stage, i, len(left))
+        left = sorted(items(cut), key=alone.get) if taken else []
+    return cut
 
 
 def orphans(cut, model, prompts):
@@ -760,7 +779,7 @@ def search(problem, progress, seed=0):
 
 def clean(problem, cut, stage, progress):
     """(cut, calibration, loss) less every node and every edge that can go alone, one after
-    another, until none can; orphans go first."""
+    another, until none can, and every orphan."""
     model, target = problem.model, problem.settings.target
     calibration = problem.fit(cut)
 
@@ -768,21 +787,21 @@ def clean(problem, cut, stage, progress):
         return problem.loss(trial, calibration)
 
     def nodes(c):
-        return list(np.flatnonzero(c.keep))
+        return np.flatnonzero(c.keep).tolist()
 
-    def edges(c):
-        return edge_list(kept_edges(c, model.params, model.cfg))
+    def nodes_and_edges(c):
+        return nodes(c) + edge_list(kept_edges(c, model.params, model.cfg))
 
-    cut = spare(cut, nodes, Cut.without_nodes, loss, target, progress, "cleaning nodes")
+    cut = spare(cut, nodes, Cut.without, loss, target, progress, "cleaning nodes")
     stage("nodes cleaned", cut, calibration)
+    cut, alone = cut._replace(edges=kept_edges(cut, model.params, model.cfg)), {}
     while True:
         before = problem.size(cut)
-        cut = cut._replace(edges=kept_edges(cut, model.params, model.cfg))
-        cut = spare(cut, edges, Cut.without_edges, loss, target, progress, "cleaning edges")
+        cut = spare(cut, nodes_and_edges, Cut.without, loss, target, progress, "cleaning edges",
+                    alone)
         lost = orphans(cut, model, problem.pool)
-        if len(lost) and loss(cut.without_nodes(lost)) <= target:
-            cut = cut.without_nodes(lost)
-        cut = spare(cut, nodes, Cut.without_nodes, loss, target, progress, "cleaning nodes")
+        if len(lost) and loss(cut.without(lost)) <= target:
+            cut = cut.without(lost)
         if problem.size(cut) == before:
             stage("edges cleaned", cut, calibration)
             return cut, calibration, loss(cut)

@@ -752,25 +752,30 @@ def split_heads(x, B, d_head):  # [B*T, C] -> a view [B, H, T, D]
     return x.reshape(B, len(x) // B, -1, d_head).transpose(0, 2, 1, 3)
 
 
-def attention(qkv, sink, B, d_head, block=64):  # [B*T, 3, C], [H] or None -> [B*T, C]
+def attention(qkv, sink, B, d_head, at=None, block=64):  # [B*T, 3, C], [H] or None -> [B*T, C]
     """Causal softmax attention; `sink` is a logit per head that joins the denominator only (paper
-    A.1).
+    A.1). at: [B], a row of each sequence: the output [B, C] there alone.
 
     Queries go in blocks, each over just the keys up to its end, which skips nearly half of the
     products. The softmax is never divided out on the T x T weights but on the far smaller output.
     cache: see the backward.
     """
-    N, _, C = qkv.shape
-    T = N // B
-    out = empty((N, C), qkv.dtype)
-    q = xp.multiply(qkv[:, 0], 1 / math.sqrt(d_head), out=empty((N, C), qkv.dtype))
+    T, C = len(qkv) // B, qkv.shape[2]
+    q = qkv[:, 0] if at is None else qkv[at, 0]
+    out = empty(q.shape, q.dtype)
+    q = xp.multiply(q, 1 / math.sqrt(d_head), out=empty(q.shape, q.dtype))
     q, k, v, heads = (split_heads(a, B, d_head) for a in (q, qkv[:, 1], qkv[:, 2], out))
     blocks = []
-    for i in range(0, T, block):
-        j = min(T, i + block)
-        e = xp.matmul(q[:, :, i:j], k[:, :, :j].swapaxes(2, 3),
-                      out=empty((B, C // d_head, j - i, j), out.dtype))  # logits
-        e[..., i:] += causal_mask(j - i, out.dtype)
+    for i in range(0, q.shape[2], block):
+        j = min(q.shape[2], i + block)
+        end = j if at is None else T
+        e = xp.matmul(q[:, :, i:j], k[:, :, :end].swapaxes(2, 3),
+                      out=empty((B, C // d_head, j - i, end), out.dtype))  # logits
+        if at is None:
+            e[..., i:] += causal_mask(j - i, out.dtype)
+        else:
+            later = xp.arange(T) > (at % T)[:, None]
+            e += xp.where(later, -math.inf, 0).astype(e.dtype)[:, None, None]
         top = e.max(-1, keepdims=True)
         if sink is not None:
             top = xp.maximum(top, sink[:, None, None])
@@ -782,35 +787,40 @@ def attention(qkv, sink, B, d_head, block=64):  # [B*T, 3, C], [H] or None -> [B
             to_sink = xp.exp(sink[:, None, None] - top)
             total += to_sink
             to_sink /= total
-        xp.matmul(e, v[:, :, :j], out=heads[:, :, i:j])
+        xp.matmul(e, v[:, :, :end], out=heads[:, :, i:j])
         heads[:, :, i:j] /= total
-        blocks.append((i, j, e, total, to_sink))  # e / total are the attention weights
-    return out, (q, k, v, heads, blocks)
+        blocks.append((i, j, end, e, total, to_sink))  # e / total are the attention weights
+    return out, (q, k, v, heads, at, blocks)
 
 
 def attention_backward(dout, cache, dsink=None):
-    q, k, v, heads, blocks = cache
-    B, H, T, D = heads.shape
+    q, k, v, heads, at, blocks = cache
+    B, H, T, D = k.shape
     dqkv = empty((B * T, 3, H * D), dout.dtype)
     dq, dk, dv = (split_heads(dqkv[:, i], B, D) for i in range(3))
+    if at is not None:
+        dq = empty(q.shape, dout.dtype)
     dheads = split_heads(dout, B, D)
     if dsink is not None:
         dsink[...] = 0
-    for i, j, e, total, to_sink in reversed(blocks):
+    for i, j, end, e, total, to_sink in reversed(blocks):
         do = xp.divide(dheads[:, :, i:j], total, out=empty((B, H, j - i, D), dout.dtype))
         along = xp.einsum("bhtd,bhtd->bht", do, heads[:, :, i:j])[..., None]
         if dsink is not None:
             dsink -= xp.einsum("bhts,bhts,bhts->h", along, to_sink, total)
-        ds = xp.matmul(do, v[:, :, :j].swapaxes(2, 3), out=empty_like(e))
+        ds = xp.matmul(do, v[:, :, :end].swapaxes(2, 3), out=empty_like(e))
         ds -= along
         ds *= e  # the gradient by the logits
         for grad, left, right in ((dv, e, do), (dk, ds, q[:, :, i:j])):
             left = left.swapaxes(2, 3)
-            if j == T:  # the last block comes first and reaches every key: it writes, others add
+            if end == T:  # the last block comes first and reaches every key: it writes, others add
                 xp.matmul(left, right, out=grad)
             else:
-                grad[:, :, :j] += xp.matmul(left, right, out=empty((B, H, j, D), e.dtype))
-        xp.matmul(ds, k[:, :, :j], out=dq[:, :, i:j])
+                grad[:, :, :end] += xp.matmul(left, right, out=empty((B, H, end, D), e.dtype))
+        xp.matmul(ds, k[:, :, :end], out=dq[:, :, i:j])
+    if at is not None:
+        dqkv[:, 0] = 0
+        dqkv[at, 0] = dq.reshape(B, -1)
     dqkv[:, 0] *= 1 / math.sqrt(D)
     return dqkv
 
@@ -968,9 +978,11 @@ def forward(params, ids, cfg, hook=None, at=None):
         y = put(node(y, cfg.k(C), hook, h + "attn_in"))
         y = put(linear(y, p[h + "attn.wqkv"], p[h + "attn.bqkv"]))
         y = put(node(y, cfg.k(C), hook, h + "q", h + "k", h + "v"))
-        y = put(attention(y.reshape(len(y), 3, C), p.get(h + "attn.sink"), len(ids), cfg.d_head))
-        if at is not None and i == cfg.n_layer - 1:
-            x, y = put(take_rows(x, at)), put(take_rows(y, at))
+        rows = at if i == cfg.n_layer - 1 else None
+        y = put(attention(y.reshape(len(y), 3, C), p.get(h + "attn.sink"), len(ids), cfg.d_head,
+                          rows))
+        if rows is not None:
+            x = put(take_rows(x, rows))
         y = put(linear(y, p[h + "attn.wo"], p[h + "attn.bo"]))
         y = put(node(y, cfg.k(C), hook, h + "attn_out"))
         x = xp.add(x, y, out=empty_like(x))
@@ -1016,8 +1028,8 @@ def backward(dlogits, cache, cfg, grads=None):
         dy = node_backward(dx, cache.pop())
         dy = linear_backward(dy, cache.pop(), g.get(h + "attn.wo"), g.get(h + "attn.bo"))
         if some and i == cfg.n_layer - 1:
-            dy, dx = (take_rows_backward(d, cache.pop()) for d in (dy, dx))
-        dy = attention_backward(dy, cache.pop(), g.get(h + "attn.sink")).reshape(len(dy), 3 * C)
+            dx = take_rows_backward(dx, cache.pop())
+        dy = attention_backward(dy, cache.pop(), g.get(h + "attn.sink")).reshape(-1, 3 * C)
         dy = node_backward(dy, cache.pop())
         dy = linear_backward(dy, cache.pop(), g.get(h + "attn.wqkv"), g.get(h + "attn.bqkv"))
         dy = node_backward(dy, cache.pop())

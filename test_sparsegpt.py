@@ -290,7 +290,8 @@ def attention_case(draw, rng):
         dqkv = sg.attention_backward(dout, cache, dsink)
         return [dqkv, dsink][:1 + sink]
     inputs = [randoms(rng, B * T, 3, H * D), randoms(rng, H)][:1 + sink]
-    return lambda qkv, s=None: sg.attention(qkv, s, B, D, block), back, inputs
+    at = dev(np.arange(B) * T + rng.integers(T, size=B)) if draw(st.booleans()) else None
+    return lambda qkv, s=None: sg.attention(qkv, s, B, D, at, block), back, inputs
 
 
 def cross_entropy_case(draw, rng):
@@ -494,10 +495,14 @@ def test_sequences_of_a_batch_are_independent(backend, cfg, seed):
 @given(B=st.integers(1, 2), T=st.integers(1, 9), H=st.integers(1, 3), D=st.integers(1, 3),
        block=st.integers(1, 10), sink=st.booleans(), seed=SEEDS)
 def test_attention_is_softmax_over_the_past(backend, B, T, H, D, block, sink, seed):
-    """Attention in blocks equals attention written out, query by query."""
+    """Attention in blocks, and at some rows alone, equals attention written out, query by
+    query."""
     rng = np.random.default_rng(seed)
     qkv, logit = 2 * randoms(rng, B * T, 3, H * D), randoms(rng, H)
-    out = host(sg.attention(dev(qkv), dev(logit) if sink else None, B, D, block)[0])
+    some = np.arange(B) * T + rng.integers(T, size=B)
+    out, at = (host(sg.attention(dev(qkv), dev(logit) if sink else None, B, D, rows, block)[0])
+               for rows in (None, dev(some)))
+    assert np.allclose(at, out[some], 1e-12, 1e-14)
     for b, t, h in np.ndindex(B, T, H):
         q, k, v = qkv[b * T:b * T + t + 1, :, h * D:h * D + D].transpose(1, 0, 2)
         weights = np.exp(k @ q[-1] / math.sqrt(D))
@@ -1734,9 +1739,9 @@ def test_edges_are_the_nonzero_weights_between_kept_nodes(backend, cfg, seed):
     assert sorted(prune.edge_list(cut.edges)) == sorted(edges.values())
     assert prune.sizes(cut, model.params, cfg) == (len(kept), len(edges))
     lost, gone = (set(sorted(x)[::2]) for x in (edges, kept))
-    less = cut.without_edges([edges[ends] for ends in lost])
+    less = cut.without([edges[ends] for ends in lost])
     assert named(less, model)[1].keys() == edges.keys() - lost
-    less = cut.without_nodes([prune.node_number(name, cfg) for name in gone])
+    less = cut.without([prune.node_number(name, cfg) for name in gone])
     assert named(less, model)[0] == kept - gone and named(cut, model) == (kept, edges)
 
 
@@ -2076,7 +2081,7 @@ def test_attention_weights_are_those_that_attention_uses(B, T, H, sink, seed):
     rng = np.random.default_rng(seed)
     qkv, logit = 2 * randoms(rng, B * T, 3, 2 * H), randoms(rng, H) if sink else None
     weights = prune.attention_weights(qkv[:, 0], qkv[:, 1], logit, B, 2)
-    [(_, _, e, total, to_sink)] = sg.attention(qkv, logit, B, 2)[1][-1]
+    [(_, _, _, e, total, to_sink)] = sg.attention(qkv, logit, B, 2)[1][-1]
     assert np.allclose(weights[..., :-1], e / total) and np.allclose(weights.sum(-1), 1)
     assert np.allclose(weights[..., -1:], to_sink if sink else 0)
 
@@ -2147,7 +2152,7 @@ def test_what_is_said_of_the_known_circuit_is_true(cues):
     assert checks["resampled ablation"]["loss"] > 1.5 * frozen > 0  # not the mean once more
     neuron = prune.node_number("h1.neuron.5", model.cfg)
     problem = prune.Problem(model, circuit.fill, "cue", FEW)
-    assert not prune.check_resampled(problem, circuit.cut.without_nodes(neuron),
+    assert not prune.check_resampled(problem, circuit.cut.without([neuron]),
                                      circuit.calibration, prune.text_windows(model, 64))["passed"]
     as_it_is, changed = prune.intervene(model, "cue", {neuron: 0.0}, FEW)[-2:]
     assert "100.0%" in as_it_is and f"{score['binary']:.4f}" in as_it_is and " 50.0%" in changed
