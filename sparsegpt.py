@@ -302,12 +302,13 @@ class Config:
     @property
     def shards(self):
         """Parts a batch is cut into, one a thread: fixed by the config, so that sums never depend
-        on the machine. At least 512 tokens each keep the products efficient, at most 64 M
-        gradients over all of them keep memory small."""
+        on the machine. Two of at least 512 tokens, more of at least 1024 (1.07 times as fast as
+        512), and at most 64 M gradients over all of them, to keep memory small."""
         if xp is not np:
             return 1
         tokens = self.batch_size * self.n_ctx
-        return max(1, min(8, self.batch_size, tokens // 512, (64 << 20) // n_params(self)))
+        parts = max(min(2, tokens // 512), min(8, tokens // 1024))
+        return max(1, min(parts, self.batch_size, (64 << 20) // n_params(self)))
 
     def k(self, width):
         """Channels that AbsTopK keeps out of `width`."""
@@ -672,6 +673,23 @@ def as_integers(size):
     return size.view(np.int32 if size.dtype == np.float32 else np.int64)
 
 
+def kth_in_rows(bits, k):  # [..., C] -> [..., 1]
+    """The k-th largest of each row of non-negative integers."""
+    C, part = bits.shape[-1], empty_like(bits)
+    part[...] = bits
+    if xp is np and C % 512 == 0 and C >= 1024 and 3 * k <= C:
+        # NumPy partitions up to 512 numbers within a CPU's vector registers, 4 times faster a
+        # number than 1024: so first the larger half of each 512, which all of the k are in.
+        pieces = part.reshape(-1, C // 512, 512)
+        pieces.partition(255, axis=-1)
+        least = kth_in_rows(pieces[..., 256:].reshape(-1, C // 2), k)
+        if not (pieces[..., 255] > least).any():
+            return least.reshape(*bits.shape[:-1], 1)
+        part[...] = bits  # they are not: the plain way
+    part.partition(C - k, axis=-1)
+    return part[..., C - k:C - k + 1]
+
+
 def abstopk(x, k):  # [..., C] -> [..., C]
     """Keep the k entries of largest |x| along the last axis, exactly k, the first of equals; zero
     the rest.
@@ -683,10 +701,7 @@ def abstopk(x, k):  # [..., C] -> [..., C]
         return x, None
     size = xp.abs(x, out=empty_like(x))
     bits = as_integers(size)
-    part = empty_like(bits)
-    part[...] = bits
-    part.partition(C - k, axis=-1)
-    least = part[..., C - k:C - k + 1]
+    least = kth_in_rows(bits, k)
     mask = xp.greater_equal(bits, least, out=empty(x.shape, bool))
     if xp is not np or np.count_nonzero(mask) != mask.size // C * k:  # the k-th has equals
         tie = bits == least
