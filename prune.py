@@ -515,6 +515,9 @@ class Settings:
     seed: int = 0
 
 
+SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)  # targets of a curve, in nats
+AIMS = (0.4, 0.15, 0.05, 0.015)  # losses that the masks of a curve are trained to
+
 # k_coef (loss per node kept), rate and temperature of the runs, in the order of their use.
 TRIALS = ((1e-3, 0.03, 1.0), (1e-3, 0.01, 1.0), (1e-3, 0.03, 0.3))
 
@@ -775,6 +778,29 @@ def search(problem, progress, seed=0):
     stage("learned masks", learned, None)
     stage("fewest by rank", cut, None)
     return Found(*clean(problem, cut, stage, progress), stages, trials, tau)
+
+
+def curve(problem, progress):
+    """[(target, cut, (nodes, edges))]: the smallest cut by rank at each target of SWEEP that can be
+    reached; every nonzero weight between its nodes counts (the paper's rule). Masks are trained at
+    each of AIMS, and a target takes the best of their rankings. Not asked for: what the full model,
+    calibrated too, does not reach; a mask alone can fit the prompts."""
+    found, every = {}, Cut(np.ones(n_nodes(problem.model.cfg), bool))
+    floor, least = problem.loss(every), full_loss(problem)
+    for i, aim in enumerate([aim for aim in AIMS if aim > least] or AIMS[:1]):
+        order, tau = learn_masks(problem, *TRIALS[0], [problem.settings.seed, i], progress, aim)
+        losses_ = functools.cache(lambda n, order=order: problem.loss(first(order, n)))
+        for target in [target for target in SWEEP if target >= floor]:
+            cut = bisect(order, lambda c: losses_(int(c.keep.sum())) <= target,
+                         int((tau >= 0).sum()))
+            if cut is not None:
+                found[target] = min(found.get(target, ((math.inf,), None)),
+                                    (problem.size(cut)[::-1], cut), key=lambda f: f[0])
+    out, best = [], ((math.inf,), None)
+    for target in sorted(found):  # what reaches a lower target reaches this one
+        best = min(best, found[target], key=lambda f: f[0])
+        out.append((target, best[1], best[0][::-1]))
+    return out
 
 
 def clean(problem, cut, stage, progress):
@@ -1706,33 +1732,54 @@ def dot(record):
     return "\n".join(out) + "\n}\n"
 
 
-def plot(curve):
-    """Edges against target loss, both logarithmic: a line a task, bold their geometric mean."""
-    lines, targets = defaultdict(dict), sorted({e["target"] for e in curve})
-    for e in curve:
-        lines[e["task"]][e["target"]] = max(1, e["edges"])
-    full = [line for line in lines.values() if len(line) == len(targets)]
-    lines[""] = {t: geometric_mean(line[t] for line in full) for t in targets if full}
-    edges = sorted(edges for line in lines.values() for edges in line.values())
+def mean_edges(points, target, tasks_):
+    """The geometric mean of the edges of some tasks' circuits at a target; 0 counts as 1."""
+    return geometric_mean(max(1, p["edges"]) for p in points
+                          if p["target"] == target and p["task"] in tasks_)
+
+
+def reached(curves, target):
+    """The tasks that have a circuit at a target on each of some curves."""
+    return set.intersection(*({p["task"] for p in points if p["target"] == target}
+                              for points in curves.values()))
+
+
+def plot(curves):
+    """Edges against target loss, both logarithmic, of {name: [{"task", "target", "edges"}]}: a thin
+    line a task, and bold their geometric mean, at each target over the tasks that all reach."""
+    targets = sorted({p["target"] for points in curves.values() for p in points})
+    common = {t: reached(curves, t) for t in targets}
+    lines, looks = [], ("pos", "neg", "")
+    for look, (name, points) in zip(looks * len(curves), curves.items()):
+        by_task = defaultdict(dict)
+        for p in points:
+            by_task[p["task"]][p["target"]] = max(1, p["edges"])
+        lines += [(look, 1, f"{name} {task}", line) for task, line in by_task.items()]
+        lines.append((look, 3, f"{name}: geometric mean", {
+            t: mean_edges(points, t, common[t]) for t in targets if common[t]}))
+    edges = sorted(n for *_, line in lines for n in line.values())
     marks = [m * 10 ** e for e in range(9) for m in (1, 2, 5)]
     marks = [m for m in marks if edges[0] / 2.5 < m < edges[-1] * 2.5]
     x, y = ({v: at + wide * math.log(v / axis[0]) / (math.log(axis[-1] / axis[0]) or 1)
              for v in [*axis, *edges]}
             for axis, at, wide in ((targets, 70, 500), (marks, 320, -290)))
     return "".join([
-        '<h2>Edges at each target loss</h2><svg width="640" height="370">',
+        '<h2>Edges at each target loss</h2><svg width="640" height="400">',
         *(f'<path opacity=".4" d="M{x[t]:.0f} 320v-290"/><text x="{x[t]:.0f}" y="340">{t:g}</text>'
-          for t in targets),
+          f'<text x="{x[t]:.0f}" y="356" class="mute">{len(common[t])}</text>' for t in targets),
         *(f'<path opacity=".4" d="M70 {y[m]:.0f}h500"/><text x="46" y="{y[m] + 4:.0f}">{m}</text>'
           for m in marks),
-        *(f'<path class="{"" if task else "pos"}" stroke-width="{1 if task else 3}" d="M'
+        *(f'<path class="{look}" stroke-width="{wide}" opacity="{1 if wide > 1 else .35}" d="M'
           f'{"L".join(f"{x[t]:.0f} {y[line[t]]:.0f}" for t in targets if t in line)}">'
-          f"<title>{plain(task)}</title></path>" for task, line in lines.items()),
-        '<text x="46" y="14">edges</text><text x="320" y="364">target loss (bold: geometric mean '
-        f"of {len(full)})</text></svg>"])
+          f"<title>{plain(name)}</title></path>" for look, wide, name, line in lines),
+        *(f'<path class="{look}" stroke-width="3" d="M{80 + 200 * i} 16h24"/><text x="{110 + 200 * i}"'
+          f' y="20" style="text-anchor:start">{plain(name)}</text>'
+          for i, (look, name) in enumerate(zip(looks, curves))),
+        '<text x="46" y="20">edges</text><text x="320" y="380">target loss, and the tasks that reach '
+        "it (bold: their geometric mean)</text></svg>"])
 
 
-def summary_page(rows, curve):
+def summary_page(rows, points):
     """All tasks' circuits: a table, and a plot of edges by target loss. In means 0 counts as 1."""
     heads = {"full_loss": "full model's loss", "loss": "circuit's loss", "held": "held-out loss",
              "nodes": "nodes", "edges": "edges", "necessity": "loss without circuit",
@@ -1745,28 +1792,146 @@ def summary_page(rows, curve):
     means = {k: geometric_mean(max(1, r[k]) for r in done) for k in ("nodes", "edges") if done}
     cells.append([f"geometric mean of {len(done)}", *(plain(means.get(k, "")) for k in heads)])
     return document("Circuits", "Edges –: no circuit reached the target loss.",
-                    table("", ["task", *heads.values()], cells), plot(curve) if curve else "")
+                    table("", ["task", *heads.values()], cells), plot({"circuits": points}) if points else "")
+
+
+# ---- comparing models ---------------------------------------------------------------------------
+
+def compare_one(studies, settings, job):
+    """What one model does with one task, job being (number of its Study, task): its `curve`, the
+    same by attribution, and its circuit at the settings' target, cleaned."""
+    study, task = studies[job[0]], job[1]
+    row = dict(model=study.fingerprint, task=task, full=None, points=[], by_attribution=[],
+               cleaned=None)
+    try:
+        problem = Problem(study.model, study.fill, task, settings)
+    except CannotPrune:
+        return row
+    row["full"] = full_loss(problem)
+    if row["full"] > max(SWEEP):
+        return row
+    progress, order = Progress(task, quiet), rank_by_attribution(problem)
+    loss = functools.cache(lambda n: problem.loss(first(order, n)))
+    for target, cut, size in curve(problem, progress):
+        row["points"].append(dict(task=task, target=target, nodes=size[0], edges=size[1]))
+        ranked = bisect(order, lambda c: loss(int(c.keep.sum())) <= target)
+        if ranked is not None:
+            row["by_attribution"].append(dict(task=task, target=target,
+                                              edges=problem.size(ranked)[1]))
+        if target == settings.target:
+            last = clean(problem, cut, lambda *_: None, progress)[0]
+            row["cleaned"] = dict(zip(("nodes", "edges"), problem.size(last)))
+    return row
+
+
+def compare(studies, settings, folder, workers, log=print):
+    """Prune every task in several models alike, and report size against loss: the first model's
+    edges over each other's. Rows that compare.json has already are kept."""
+    path, began, rows = Path(folder, "compare.json"), time.perf_counter(), []
+    head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
+                                      aims=AIMS)))
+    prints = [study.fingerprint for study in studies]
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if all(old[k] == v for k, v in head.items()):
+            rows = [row for row in old["rows"] if row["model"] in prints]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    have = {(row["model"], row["task"]) for row in rows}
+    jobs = [(i, task) for task in tasks.TASKS for i in range(len(studies))
+            if (prints[i], task) not in have and prints.index(prints[i]) == i]
+    for n, row in enumerate(on_cores(functools.partial(compare_one, studies, settings), jobs,
+                                     workers), 1):
+        rows.append(row)
+        write_text(path, json.dumps({**head, "rows": rows}))
+        at = {p["target"]: p["edges"] for p in row["points"]}
+        left = (time.perf_counter() - began) / n * (len(jobs) - n)
+        log(f"{n:>3} of {len(jobs)}  {studies[prints.index(row['model'])].model.cfg.out:<20} "
+            f"{row['task']:<27} {at.get(settings.target, 'no')} edges; {sg.clock(left)} left")
+    models = [about(study) for study in studies]
+    write_text(path, json.dumps({**head, "models": models, "rows": rows}))
+    text = comparison(models, rows, settings.target)
+    log(text)
+    curves = {m["name"]: [p for row in rows if row["model"] == m["model"] for p in row["points"]]
+              for m in models}
+    write_text(path.with_suffix(".html"), document(
+        "Circuits compared", "Edges: nonzero weights between two kept nodes, before cleaning.",
+        plot(curves) if all(curves.values()) else "", f"<pre>{html.escape(text)}</pre>"))
+    log(f"wrote {path} and .html")
+
+
+def about(study):
+    """What the comparison says of a model."""
+    model, cfg = study.model, study.model.cfg
+    val = sg.evaluate(model.params, sg.load_corpus(cfg, quiet).val, cfg, 256)
+    return dict(name=cfg.out, model=study.fingerprint, d_model=cfg.d_model, density=cfg.density,
+                afrac=cfg.afrac, loss=sg.mean_loss(val, cfg), **val,
+                nonzero=sum(int((w != 0).sum()) for name, w in model.params.items()
+                            if name in matrices(cfg)))
+
+
+def comparison(models, rows, target):
+    """The tables of `compare`, as text."""
+    by = {(row["model"], row["task"]): row for row in rows}
+    ids, out = [m["model"] for m in models], ["", f"{'':<4}{'model':<26} width density  AbsTopK "
+                                             f"nonzero edges  validation loss (code, idioms)"]
+    for i, m in enumerate(models):
+        out.append(f"{chr(65 + i):<4}{m['name']:<26} {m['d_model']:>5} {m['density']:>7.4g} "
+                   f"{m['afrac']:>8.4g} {m['nonzero']:>13,}  {m['loss']:.4f} ({m['code']:.4f}, "
+                   f"{m.get('idioms', math.nan):.4f})")
+    low, high = min(m["loss"] for m in models), max(m["loss"] for m in models)
+    if high > 1.02 * low:
+        out.append(f"WARNING: the losses differ by {high / low - 1:.1%}: over 2 % is no fair pair")
+
+    def pick(row, kind, at=target):
+        if kind == "cleaned":
+            return row["cleaned"] and row["cleaned"]["edges"]
+        return next((p["edges"] for p in row[kind] if p["target"] == at), None)
+
+    def table_of(title, choices):
+        """Lines of geometric means over the tasks that all models have, one a choice."""
+        lines = ["", f"{title:<22} tasks" + "".join(
+            f"{'edges ' + chr(65 + i):>10}" for i in range(len(ids))) + "".join(
+            f"{'A/' + chr(65 + i):>8} (spread)" for i in range(1, len(ids)))]
+        for label, kind, at in choices:
+            edges = [[pick(by[i, task], kind, at) for i in ids] for task in tasks.TASKS
+                     if all((i, task) in by for i in ids)]
+            logs = np.log([[max(1, n) for n in line] for line in edges if None not in line])
+            if not len(logs):
+                continue
+            ratios = logs[:, :1] - logs[:, 1:]
+            lines.append(f"{label:<22} {len(logs):>5}" + "".join(
+                f"{x:>10.1f}" for x in np.exp(logs.mean(0))) + "".join(
+                f"{x:>8.2f} (x/ {y:.2f})" for x, y in zip(np.exp(ratios.mean(0)),
+                                                         np.exp(ratios.std(0)))))
+        return lines
+
+    out += table_of("target", [(f"{t:g}", "points", t) for t in SWEEP])
+    out += table_of(f"at {target:g}", [("learned masks", "points", target),
+                                       ("the same, cleaned", "cleaned", target),
+                                       ("attribution", "by_attribution", target)])
+    out += ["edges: geometric means over the tasks that every model reaches; spread: one standard "
+            "deviation of the tasks' ratios, as a factor", "",
+            f"{'at ' + format(target, 'g'):<28}" + "".join(
+                f"{'loss ' + c:>9}{'edges':>8}{'cleaned':>8}" for c in "ABCDEFGH"[:len(ids)])]
+    for task in tasks.TASKS:
+        line = f"{task:<28}"
+        for i in ids:
+            row = by.get((i, task), dict(full=None, points=[], cleaned=None))
+            full = "-" if row["full"] is None else f"{row['full']:.3f}"
+            cells = [pick(row, kind) for kind in ("points", "cleaned")]
+            line += f"{full:>9}" + "".join(f"{'-' if n is None else n:>8}" for n in cells)
+        out.append(line)
+    return "\n".join(out)
 
 
 # ---- command line -------------------------------------------------------------------------------
 
-SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)  # targets, in nats
-
-
-def sweep(study, task, settings, log=print, workers=1):
-    """[{"target", "nodes", "edges", "ranked"}]: the size of a circuit at each target that can be
-    reached; ranked: its edges before cleaning, by the paper's rule. One search each."""
-    jobs = []
-    for target in SWEEP:
-        at = dataclasses.replace(settings, target=target)
-        jobs.append((f"target {target:g}", Problem(study.model, study.fill, task, at), 0))
-    found, out = dict(on_cores(functools.partial(run_search, task, log), jobs, workers)), []
-    for name, problem, _ in jobs:
-        if found[name].cut is not None:
-            last, ranked = found[name].stages[-1], found[name].stages[1]
-            out.append(dict(target=problem.settings.target, nodes=last["nodes"],
-                            edges=last["edges"], ranked=ranked["edges"]))
-    return out
+def sweep(study, task, settings, log=print):
+    """[{"task", "target", "nodes", "edges"}]: `curve` for a task."""
+    problem = Problem(study.model, study.fill, task, settings)
+    return [dict(task=task, target=target, nodes=nodes, edges=edges)
+            for target, _, (nodes, edges) in curve(problem, Progress(f"{task}, sweep", log))]
 
 
 def runs_within(seconds, cfg, settings):
@@ -1807,7 +1972,7 @@ def summary_row(circuit):
                 nonsense=checks["nonsense task"], shuffled=checks["shuffled weights"])
 
 
-def summarize(folder, rows, curve, log):
+def summarize(folder, rows, points, log):
     """Print the table of all tasks and write summary.html."""
     log(f"\n{'task':<28} {'full':>7} {'circuit':>8} {'held':>7} {'nodes':>6} {'edges':>6} "
         f"{'without':>8} {'random':>7}  {'nonsense':>8}  {'shuffled':>8}")
@@ -1827,7 +1992,7 @@ def summarize(folder, rows, curve, log):
     log("binary losses in nats on the search prompts, held: on held-out ones; without: the full "
         "model less the\ncircuit; random: the best of ten random circuits of the same size; "
         "nonsense, shuffled: edges that\nthe same search needed where it should find nothing")
-    write_text(Path(folder, "summary.html"), summary_page(rows, curve))
+    write_text(Path(folder, "summary.html"), summary_page(rows, points))
     log(f"wrote {Path(folder, 'summary.html')}")
 
 
@@ -1857,20 +2022,20 @@ def prune_one(study, settings, folder, seeds, with_sweep, task):
         status = f"not pruned: {e}"
         return dict(row, task=task, status=status), [], status
     row = summary_row(circuit)
-    curve = [dict(task=task, **point) for point in circuit.record.get("sweep", [])]
-    return row, curve, f"{row['nodes']} nodes, {row['edges']} edges{', kept' if kept else ''}"
+    points = circuit.record.get("sweep", [])
+    return row, points, f"{row['nodes']} nodes, {row['edges']} edges{', kept' if kept else ''}"
 
 
 def prune_all(study, settings, folder, seeds, with_sweep, workers, log=print):
     """Prune every task, as many at a time as there are workers, and write the summary."""
-    began, rows, curve, n = time.perf_counter(), {}, [], len(tasks.TASKS)
+    began, rows, curves, n = time.perf_counter(), {}, [], len(tasks.TASKS)
     one = functools.partial(prune_one, study, settings, folder, seeds, with_sweep)
     for row, points, text in on_cores(one, list(tasks.TASKS), workers):
         rows[row["task"]] = row
-        curve += points
+        curves += points
         left = (time.perf_counter() - began) * (n - len(rows)) / len(rows)
         log(f"{len(rows):>2} of {n}  {row['task']:<28} {text}; {sg.clock(left)} left")
-    summarize(folder, [rows[task] for task in tasks.TASKS], curve, log)
+    summarize(folder, [rows[task] for task in tasks.TASKS], curves, log)
 
 
 def make_parser():
@@ -1892,8 +2057,10 @@ def make_parser():
     parser.add_argument("--seeds", type=int, default=2,
                         help="searches to compare, from different masks (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and masks (default 0)")
-    parser.add_argument("--sweep", action="store_true", help="also circuits at ten other targets")
+    parser.add_argument("--sweep", action="store_true", help="also the size at ten targets, from 0.5 down to 0.01")
     modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--compare", nargs="+", metavar="FILE",
+                       help="prune every task in several models and compare their sizes")
     modes.add_argument("--explain", action="store_true",
                        help="walk a prompt pair through the saved circuit of the task")
     modes.add_argument("--set", action="append", metavar="NODE=VALUE", default=[],
@@ -1936,6 +2103,8 @@ def run(args):
         for line in wrong or [f"{args.check}: every loss is reproduced"]:
             print(line)
         return int(bool(wrong))
+    if args.compare:
+        return run_compare(args)
     if args.task is None:
         raise sg.UserError(f"name a task, or all; tasks: {', '.join(tasks.TASKS)}")
     if args.task != "all":
@@ -1962,10 +2131,26 @@ def run(args):
         return 0
     circuit = prune(model, args.task, settings, study, args.seeds, workers=workers)
     if args.sweep:
-        circuit.record["sweep"] = sweep(study, args.task, settings, workers=workers)
+        circuit.record["sweep"] = sweep(study, args.task, settings)
     circuit = finish(args.out, circuit, model)
     print(listing(circuit))
     print(f"\nwrote {path}, .html and .dot")
+    return 0
+
+
+def run_compare(args):
+    """--compare."""
+    if args.task is not None or len(args.compare) < 2:
+        raise sg.UserError("--compare takes two models or more, and no task")
+    settings = settings_of(args)
+    if settings.target not in SWEEP:
+        raise sg.UserError(f"--compare: --target must be one of {', '.join(map(str, SWEEP))}")
+    models = [load_model(path) for path in args.compare]
+    if any(m.tok.merges != models[0].tok.merges for m in models):
+        raise sg.UserError("--compare: the models have different tokenizers")
+    check_folder(args.out)
+    compare([Study(m, settings.ablation) for m in models], settings, args.out,
+            models[0].cfg.threads or sg.n_cores())
     return 0
 
 

@@ -2345,6 +2345,7 @@ def brief(cues, monkeypatch):
     real = prune.settings_of
     monkeypatch.setattr(prune, "TRIALS", prune.TRIALS[:1])
     monkeypatch.setattr(prune, "SWEEP", (0.3, 0.15))
+    monkeypatch.setattr(prune, "AIMS", (0.1,))
     monkeypatch.setattr(prune, "settings_of", lambda args: dataclasses.replace(
         real(args), steps=60, search_pairs=16))
     sg.save("model.npz", wired())
@@ -2365,7 +2366,9 @@ def brief(cues, monkeypatch):
     ("cue --ablate final.99", "final.99"), ("cue --set final.1=1 --explain", "not allowed with"),
     ("cue --ablation foo", "--ablation"), ("cue --out text.txt", "text.txt"),
     ("cue --out text.txt/x", "text.txt"), ("hopeless", "over the target"), ("endless", "context"),
-    ("cue --target 1e-4", "target")])
+    ("cue --target 1e-4", "target"), ("--compare model.npz", "two models"),
+    ("cue --compare model.npz model.npz", "no task"), ("--compare model.npz none.npz", "none.npz"),
+    ("--compare model.npz model.npz --target 0.4", "one of 0.3")])
 def test_a_mistake_in_pruning_is_one_line_and_status_two(brief, line, said, capsys):
     """No traceback, nothing written, nothing printed beside the line that says what is wrong."""
     write_circuit()
@@ -2413,6 +2416,42 @@ def test_all_tasks_are_pruned_and_finished_circuits_are_kept(brief, capsys):
     write({"circuits/cue.json": first[Path("circuits/cue.json")][:-99]})
     assert run() == (first, False)
     assert run("--target 0.1")[1] is False
+
+
+def test_a_curve_reaches_its_targets_and_only_grows(brief):
+    """What a point says is so, a lower target never takes fewer edges, and what the full model
+    does not reach is not asked for."""
+    model = wired()
+    problem = prune.Problem(model, prune.Study(model).fill, "cue",
+                            dataclasses.replace(FEW, steps=60))
+    points = prune.curve(problem, prune.Progress("", quiet))
+    assert [target for target, *_ in points] == [0.15, 0.3]
+    for target, cut, size in points:
+        assert problem.loss(cut) <= target and problem.size(cut) == size
+    assert points[0][2][1] >= points[1][2][1] >= 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune, "SWEEP", (0.3, prune.full_loss(problem) / 99))
+        assert [target for target, *_ in prune.curve(problem, prune.Progress("", quiet))] == [0.3]
+
+
+def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys):
+    """A model against itself is 1 to 1; a model whose loss differs is said to be no fair pair."""
+    Path("copy.npz").write_bytes(Path("model.npz").read_bytes())
+    line = "--compare model.npz copy.npz --out c"
+    status, out, err = run_prune(capsys, line)
+    assert (status, err) == (0, "") and "WARNING" not in out and out.count(" left\n") == 3
+    ratios = re.findall(r"([\d.]+) +([\d.]+) +([\d.]+) \(x/ 1.00\)", out)
+    assert len(ratios) == 5 and all(a == b and c == "1.00" for a, b, c in ratios)
+    [row] = [json.loads(Path("c/compare.json").read_text())["rows"][i] for i in range(3)
+             if json.loads(Path("c/compare.json").read_text())["rows"][i]["task"] == "cue"]
+    assert row["cleaned"]["edges"] == 6 and f"{row['full']:.3f}" in out
+    Page(Path("c/compare.html").read_text())
+    status, again, err = run_prune(capsys, line)
+    assert (status, err) == (0, "") and again == out[out.index("\n    model"):]
+    other = wired()
+    other.params["head.b"][:] += np.arange(len(other.params["head.b"])) % 7
+    sg.save("other.npz", other)
+    assert "no fair pair" in run_prune(capsys, "--compare model.npz other.npz --out c")[1]
 
 
 def test_an_interrupted_search_is_status_130_and_the_next_one_runs(brief, capsys, monkeypatch):
