@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
@@ -905,13 +906,20 @@ def on_cores(fn, items, workers):
         yield from map(fn, items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    with context.Pool(min(workers, len(items)), start_worker) as pool:  # its end stops all of them
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
+    try:  # Ctrl-C is for the main process: the others ignore it from their start
+        pool = context.Pool(min(workers, len(items)), start_worker)
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, before)
+    with pool:  # its end stops all of them
         yield from pool.imap_unordered(fn, items)
 
 
 def start_worker():
     """What a worker process does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it removes its temporary file
     sg.set_blas_threads(1)
 
 
@@ -1406,11 +1414,16 @@ def intervene(model, task, values, settings):
 def save(path, circuit):
     """Write a Circuit as JSON, whole or not at all: everything that reproduces its losses. Raises
     UserError if that cannot be done."""
-    text = json.dumps(dict(
+    record = dict(
         format=FORMAT, task=circuit.task, settings=dataclasses.asdict(circuit.settings),
         calibration=circuit.calibration._asdict(), fill=[float(x) for x in circuit.fill],
-        **circuit.record), indent=1, ensure_ascii=False)
-    write_text(path, text)
+        **circuit.record)
+    write_text(path, json.dumps(dict(record, sha256=digest(record)), indent=1, ensure_ascii=False))
+
+
+def digest(record):
+    """What a circuit's file says of its own content, so that a damaged one is known."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(path, text):
@@ -1427,6 +1440,8 @@ def load(path):
     """The Circuit in a file. Raises UserError if it is missing, damaged, or not a circuit."""
     try:
         record = json.loads(Path(path).read_text("utf-8", "surrogatepass"), parse_constant=finite)
+        if record.pop("sha256") != digest(record):
+            raise ValueError("its content does not fit its checksum")
         if record.pop("format") != FORMAT:
             raise ValueError("it is of another version")
         cfg = sg.Config(**record["model"]["config"])
@@ -1436,10 +1451,11 @@ def load(path):
                                 bool) for name, m in matrices(cfg).items()}
         for e in record["edges"]:
             i, j = node_number(e["from"], cfg), node_number(e["to"], cfg)
-            [name] = [name for name, m in matrices(cfg).items()
-                      if m.source.start <= i < m.source.stop and m.target.start <= j < m.target.stop]
-            edges[name][i - matrices(cfg)[name].source.start,
-                        j - matrices(cfg)[name].target.start] = True
+            [(name, row, column)] = [
+                (name, i - m.source.start, j - m.target.start) for name, m in matrices(cfg).items()
+                if i in range(m.source.start, m.source.stop)
+                and j in range(m.target.start, m.target.stop)]
+            edges[name][row, column] = True
         fill = np.array(record.pop("fill"), cfg.dtype)
         if fill.shape != keep.shape or not np.isfinite(fill).all():
             raise ValueError("it has not one mean for every node")
@@ -1698,8 +1714,8 @@ def page(record):
             "", *(f"{s} prompts:<br>{kind}" for s, kind in splits)],
               [[name, *(plain(loss[name][s][kind]) for s, kind in splits)] for name in loss]),
         table("Checks", ["", "passed", ""], [
-            [plain(c["name"]), {True: "✓", False: "✗", None: "–"}[c["passed"]], plain(c["text"])]
-            for c in record["checks"]], "text"),
+            [plain(c["name"]), {True: "✓", False: "✗", None: "–"}[c["passed"]],
+             plain(c["text"])] for c in record["checks"]], "text"),
         table("Heads", ["", "nodes", "sink", "looks from … at", "overlap with the full model"], [
             [plain(h["name"]), "<br>".join(map(plain, h["nodes"])), plain(h["sink"]), "<br>".join(
                 marked(e["context"].removesuffix(e["at"]), e["at"], "→ ") + ", ".join(
@@ -1772,11 +1788,11 @@ def plot(curves):
         *(f'<path class="{look}" stroke-width="{wide}" opacity="{1 if wide > 1 else .35}" d="M'
           f'{"L".join(f"{x[t]:.0f} {y[line[t]]:.0f}" for t in targets if t in line)}">'
           f"<title>{plain(name)}</title></path>" for look, wide, name, line in lines),
-        *(f'<path class="{look}" stroke-width="3" d="M{80 + 200 * i} 16h24"/><text x="{110 + 200 * i}"'
-          f' y="20" style="text-anchor:start">{plain(name)}</text>'
+        *(f'<path class="{look}" stroke-width="3" d="M{80 + 200 * i} 16h24"/><text y="20" '
+          f'x="{110 + 200 * i}" style="text-anchor:start">{plain(name)}</text>'
           for i, (look, name) in enumerate(zip(looks, curves))),
-        '<text x="46" y="20">edges</text><text x="320" y="380">target loss, and the tasks that reach '
-        "it (bold: their geometric mean)</text></svg>"])
+        '<text x="46" y="20">edges</text><text x="320" y="380">target loss, and the tasks that '
+        "reach it (bold: their geometric mean)</text></svg>"])
 
 
 def summary_page(rows, points):
@@ -1792,7 +1808,8 @@ def summary_page(rows, points):
     means = {k: geometric_mean(max(1, r[k]) for r in done) for k in ("nodes", "edges") if done}
     cells.append([f"geometric mean of {len(done)}", *(plain(means.get(k, "")) for k in heads)])
     return document("Circuits", "Edges –: no circuit reached the target loss.",
-                    table("", ["task", *heads.values()], cells), plot({"circuits": points}) if points else "")
+                    table("", ["task", *heads.values()], cells),
+                    plot({"circuits": points}) if points else "")
 
 
 # ---- comparing models ---------------------------------------------------------------------------
@@ -1950,11 +1967,16 @@ def finish(folder, circuit, model):
     saved = load(path)
     if wrong := verify(saved, model):
         raise sg.UserError(f"{path} does not reproduce its losses: {wrong[0]}")
-    record = dict(saved.record, task=saved.task, calibration=saved.calibration._asdict(),
-                  settings=dataclasses.asdict(saved.settings))
+    draw(path, saved)
+    return saved
+
+
+def draw(path, circuit):
+    """Write the page and the graph beside a circuit's file."""
+    record = dict(circuit.record, task=circuit.task, calibration=circuit.calibration._asdict(),
+                  settings=dataclasses.asdict(circuit.settings))
     write_text(path.with_suffix(".html"), page(record))
     write_text(path.with_suffix(".dot"), dot(record))
-    return saved
 
 
 COLUMNS = ("task", "status", "full_loss", "loss", "held", "nodes", "edges", "necessity", "random",
@@ -1987,8 +2009,8 @@ def summarize(folder, rows, points, log):
             f"{control[0]:>8}  {control[1]:>8}")
     done = [r for r in rows if r["status"] == "ok"]
     if done:
-        log(f"{len(done)} circuits; geometric mean {geometric_mean(max(1, r['nodes']) for r in done):.1f} "
-            f"nodes, {geometric_mean(max(1, r['edges']) for r in done):.1f} edges")
+        nodes, edges = (geometric_mean(max(1, r[k]) for r in done) for k in ("nodes", "edges"))
+        log(f"{len(done)} circuits; geometric mean {nodes:.1f} nodes, {edges:.1f} edges")
     log("binary losses in nats on the search prompts, held: on held-out ones; without: the full "
         "model less the\ncircuit; random: the best of ten random circuits of the same size; "
         "nonsense, shuffled: edges that\nthe same search needed where it should find nothing")
@@ -2007,7 +2029,7 @@ def prune_one(study, settings, folder, seeds, with_sweep, task):
     try:
         circuit = load(path)
         r = circuit.record
-        kept = (circuit.settings == settings and r["seeds"] == seeds
+        kept = (circuit.task == task and circuit.settings == settings and r["seeds"] == seeds
                 and r["model"]["fingerprint"] == study.fingerprint
                 and ("sweep" in r) >= with_sweep)
     except (sg.UserError, KeyError):
@@ -2018,6 +2040,8 @@ def prune_one(study, settings, folder, seeds, with_sweep, task):
             if with_sweep:
                 circuit.record["sweep"] = sweep(study, task, settings, quiet)
             circuit = finish(folder, circuit, study.model)
+        elif not all(path.with_suffix(end).exists() for end in (".html", ".dot")):
+            draw(path, circuit)
     except CannotPrune as e:
         status = f"not pruned: {e}"
         return dict(row, task=task, status=status), [], status
@@ -2040,8 +2064,7 @@ def prune_all(study, settings, folder, seeds, with_sweep, workers, log=print):
 
 def make_parser():
     """The flags."""
-    parser = sg.Parser(description="Cut a trained model down to the circuit of a task.",
-                       allow_abbrev=False)
+    parser = tasks.Parser(description="Cut a trained model down to the circuit of a task.")
     parser.add_argument("task", nargs="?", help="a task's name (see tasks.py), or all")
     parser.add_argument("--model", help="checkpoint (default out/sparse.npz; with --check, the "
                         "circuit's own)")
@@ -2057,7 +2080,8 @@ def make_parser():
     parser.add_argument("--seeds", type=int, default=2,
                         help="searches to compare, from different masks (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and masks (default 0)")
-    parser.add_argument("--sweep", action="store_true", help="also the size at ten targets, from 0.5 down to 0.01")
+    parser.add_argument("--sweep", action="store_true", help="also the "
+                        "size at ten targets, from 0.5 down to 0.01")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--compare", nargs="+", metavar="FILE",
                        help="prune every task in several models and compare their sizes")
@@ -2084,8 +2108,8 @@ def nodes_to_set(args, model):
                 raise
             raise sg.UserError(f"--set {text}: give a node and a number, as in "
                                "h0.neuron.17=0") from e
-        if not equals or not math.isfinite(float(value)):
-            raise sg.UserError(f"--set {text}: {value} is not a finite number")
+        if not equals or not abs(float(value)) <= 1e9:  # nor NaN; a larger one would overflow
+            raise sg.UserError(f"--set {text}: {value} is no number from -1e9 to 1e9")
     if args.ablate:
         numbers = [node_number(name, model.cfg) for name in args.ablate]
         fill = mean_activations(model, text_windows(model, 64))
@@ -2093,38 +2117,47 @@ def nodes_to_set(args, model):
     return values
 
 
-def run(args):
-    """Do what the flags say; returns the exit status."""
-    if args.check:
+def run(argv):
+    """What `main` does, if nothing goes wrong."""
+    args = make_parser().parse_args(argv)
+    sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
+    settings = settings_of(args)
+    of_files = args.check is not None or args.compare is not None
+    if of_files and (args.task is not None or args.sweep):
+        raise sg.UserError("--check and --compare take no task and no --sweep")
+    if args.check is not None:
         circuit = load(args.check)
-        model = load_model(args.model or circuit.record["model"]["path"])
+        model = load_model(circuit.record["model"]["path"] if args.model is None else args.model)
         same_model(circuit, model, args.check)
         wrong = verify(circuit, model)
         for line in wrong or [f"{args.check}: every loss is reproduced"]:
             print(line)
         return int(bool(wrong))
-    if args.compare:
-        return run_compare(args)
+    if args.compare is not None:
+        return run_compare(args, settings)
     if args.task is None:
         raise sg.UserError(f"name a task, or all; tasks: {', '.join(tasks.TASKS)}")
+    one_task = args.explain or args.set or args.ablate
+    if args.task == "all" and one_task:
+        raise sg.UserError("--explain, --set and --ablate take one task, not all")
+    if args.sweep and one_task:
+        raise sg.UserError("--sweep does not go with --explain, --set and --ablate")
     if args.task != "all":
-        try:
-            tasks.pairs(args.task, 1)
-        except ValueError as e:
-            raise sg.UserError(str(e)) from e
-    settings = settings_of(args)
-    model = load_model(args.model or "out/sparse.npz")
+        tasks.pairs(args.task, 1)  # which refuses what is no task
+    model = load_model("out/sparse.npz" if args.model is None else args.model)
     path = Path(args.out, f"{args.task}.json")
     if args.explain:
         circuit = load(path)
         same_model(circuit, model, path)
+        if circuit.task != args.task:
+            raise sg.UserError(f"{path} is a circuit of {circuit.task}")
         print(explain(circuit.record["example"]))
         return 0
     if values := nodes_to_set(args, model):
         print("\n".join(intervene(model, args.task, values, settings)))
         return 0
     settings = dataclasses.replace(settings, runs=runs_within(args.budget, model.cfg, settings))
-    check_folder(args.out)
+    check_folder(args.out, tasks.TASKS if args.task == "all" else [args.task])
     study, workers = Study(model, settings.ablation), model.cfg.threads or sg.n_cores()
     if args.task == "all":
         prune_all(study, settings, args.out, args.seeds, args.sweep, workers)
@@ -2138,17 +2171,16 @@ def run(args):
     return 0
 
 
-def run_compare(args):
+def run_compare(args, settings):
     """--compare."""
-    if args.task is not None or len(args.compare) < 2:
-        raise sg.UserError("--compare takes two models or more, and no task")
-    settings = settings_of(args)
+    if len(args.compare) < 2:
+        raise sg.UserError("--compare takes two models or more")
     if settings.target not in SWEEP:
         raise sg.UserError(f"--compare: --target must be one of {', '.join(map(str, SWEEP))}")
     models = [load_model(path) for path in args.compare]
     if any(m.tok.merges != models[0].tok.merges for m in models):
         raise sg.UserError("--compare: the models have different tokenizers")
-    check_folder(args.out)
+    check_folder(args.out, ["compare"])
     compare([Study(m, settings.ablation) for m in models], settings, args.out,
             models[0].cfg.threads or sg.n_cores())
     return 0
@@ -2156,10 +2188,10 @@ def run_compare(args):
 
 def settings_of(args):
     """The Settings of the flags. Raises UserError on values out of range."""
-    for name, low, high in (("target", 1e-4, 0.69), ("budget", 1, 1e6), ("seeds", 1, 100),
+    for name, low, high in (("target", 0.0001, 0.69), ("budget", 1, 10**6), ("seeds", 1, 100),
                             ("seed", 0, 1 << 31)):
         if not low <= getattr(args, name) <= high:
-            raise sg.UserError(f"--{name} must be from {low:g} to {high:g}, "
+            raise sg.UserError(f"--{name} must be from {low} to {high}, "
                                f"not {getattr(args, name)}")
     if args.ablation not in ("mean", "zero"):
         raise sg.UserError(f"--ablation must be mean or zero, not {args.ablation!r}")
@@ -2173,8 +2205,9 @@ def load_model(path):
     return model._replace(cfg=dataclasses.replace(model.cfg, out=str(path)))
 
 
-def check_folder(folder):
-    """Raise UserError now, not after the search, if files cannot be put into a folder."""
+def check_folder(folder, names):
+    """Raise UserError now, not after the search, if files of these names cannot be put into a
+    folder."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder, f".{os.getpid()}.tmp")
@@ -2182,27 +2215,18 @@ def check_folder(folder):
         probe.unlink()
     except OSError as e:
         raise sg.UserError(f"--out {folder}: cannot write there: {e.strerror}") from e
+    for path in (Path(folder, name + end) for name in [*names, "summary"]
+                 for end in (".json", ".html", ".dot")):
+        if path.is_dir():
+            raise sg.UserError(f"{path} is a folder, where a file is to be written")
 
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a circuit that does not reproduce its
-    losses, 2 for a mistake, 130 for Ctrl-C."""
-    args = make_parser().parse_args(argv)
-    if sys.stdout:  # tokens may hold what a console lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
-        return run(args)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (sg.UserError, OSError) as e:
-        print(f"prune.py: error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished circuits are kept, the same command goes on",
-              file=sys.stderr)
-        return 130
+    losses, 2 for a mistake, 130 for Ctrl-C, after which the same command goes on: finished circuits
+    are kept."""
+    return tasks.command("prune.py", run, argv, "finished circuits are kept, the same command "
+                         "goes on")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ weight decay is lower.
 import argparse
 import ctypes
 import dataclasses
-import difflib
 import functools
 import hashlib
 import inspect
@@ -51,13 +50,9 @@ from typing import NamedTuple
 import numpy as np
 
 import tasks
+from tasks import UserError
 
 FORMAT = "sparsegpt-1"  # the version of the checkpoint format
-
-
-class UserError(ValueError):
-    """Something the user can put right: `main` prints it as one line on stderr and exits with
-    status 2."""
 
 
 # ---- backend: NumPy or CuPy, threads, recycled memory -------------------------------------------
@@ -972,10 +967,11 @@ def check_ids(ids, cfg):
 def forward(params, ids, cfg, hook=None, at=None):
     """Logits [B, T, vocab_size] for token ids [B, T], and the cache that `backward` takes.
 
-    at: [B], a position in each row: the logits there alone, [B, vocab_size]. What comes after the
-    last attention then runs on these rows only. hook: see `node`. Node places are h0.attn_in, h0.q, h0.k, h0.v, h0.attn_out, h0.mlp_in,
-    h0.neuron, h0.mlp_out, h1.attn_in and so on (paper A.1), and `final`, the normed residual
-    before the unembedding. Raises ValueError on ids that are not token ids of a right shape.
+    at: [B], a position in each row: the logits there alone, [B, vocab_size]; from the last
+    attention's queries on, only these rows are run. hook: see `node`. Node places are h0.attn_in,
+    h0.q, h0.k, h0.v, h0.attn_out, h0.mlp_in, h0.neuron, h0.mlp_out, h1.attn_in and so on (paper
+    A.1), and `final`, the normed residual before the unembedding. Raises ValueError on ids that
+    are not token ids of a right shape.
     """
     check_ids(ids, cfg)
     ids, p, C, cache = xp.asarray(ids), params, cfg.d_model, []
@@ -1015,14 +1011,16 @@ def forward(params, ids, cfg, hook=None, at=None):
     current = ids.reshape(-1) if at is None else ids.reshape(-1)[at]
     if cfg.bigram:
         logits += gather(p["bigram"], current)
-    return logits.reshape(*(ids.shape if at is None else at.shape), -1), (cache, current, at is not None)
+    logits = logits.reshape(*(ids.shape if at is None else at.shape), -1)
+    return logits, (cache, current, at is not None)
 
 
 def backward(dlogits, cache, cfg, grads=None):
     """The backward pass: the call list of `forward` in reverse. Consumes the cache.
 
-    dlogits: [B, T, vocab_size], or [B, vocab_size] where `forward` was given positions. grads: arrays under the parameters' names, written over; None
-    skips the gradients of weights and only runs the hook's backward (half of the work).
+    dlogits: [B, T, vocab_size], or [B, vocab_size] where `forward` was given positions. grads:
+    arrays under the parameters' names, written over; None skips the gradients of weights and only
+    runs the hook's backward (half of the work).
     """
     (cache, current, some), g, C = cache, grads or {}, cfg.d_model
     dy = dlogits.reshape(-1, cfg.vocab_size)
@@ -1515,10 +1513,10 @@ def train(cfg, resume=False, log=print):
     stop = threading.Event()
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread:  # finish the step, then save; a second Ctrl-C is not held back
-        def on_interrupt(*_):
+        def on_interrupt(number, _):
             stop.set()
-            signal.signal(signal.SIGINT, former)
-        former = signal.signal(signal.SIGINT, on_interrupt)
+            signal.signal(number, former[number])
+        former = {n: signal.signal(n, on_interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     every = max(1, cfg.steps // 40)
     began = saved = time.perf_counter()
     losses, last_line = [], began
@@ -1561,7 +1559,8 @@ def train(cfg, resume=False, log=print):
                 losses, last_line = [], time.perf_counter()
     finally:
         if main_thread:
-            signal.signal(signal.SIGINT, former)
+            for number, handler in former.items():
+                signal.signal(number, handler)
     check_and_save(cfg.out, cfg.steps)
     partial_path(cfg.out).unlink(missing_ok=True)
     log(f"trained in {clock(time.perf_counter() - began)}; saved to {cfg.out}")
@@ -1738,21 +1737,10 @@ DENSE = dict(density=1.0, lr=0.0057, out="out/dense.npz")  # the sparse run's ra
 QUICK = dict(n_layer=1, d_model=64, steps=1000, max_mb=0.3, out="out/quick.npz")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one line on stderr for a mistake, and the nearest flag."""
-
-    def error(self, message):
-        if "unrecognized" in message:
-            for word in re.findall(r"--\w+", message):
-                near = difflib.get_close_matches(word, self._option_string_actions, 1)
-                message += f" (did you mean {near[0]}?)" if near else ""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
 def make_parser():
     """One flag for each Config field, in its groups, and the modes. Flags not given are absent."""
-    parser = Parser(description="Train a weight-sparse transformer, in about ten minutes.",
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = tasks.Parser(description="Train a weight-sparse transformer, in about ten minutes.",
+                          argument_default=argparse.SUPPRESS)
     presets = parser.add_argument_group("presets")
     presets.add_argument("--dense", action="store_true", help="the dense twin")
     presets.add_argument("--quick", action="store_true", help="a tiny model, all done in seconds")
@@ -1794,44 +1782,33 @@ def configure(given):
     return dataclasses.replace(cfg, **{n: values[n] for n in ("threads", "out") if n in values})
 
 
+def run(argv):
+    """What `main` does, if nothing goes wrong."""
+    given = vars(make_parser().parse_args(argv))
+    device = use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
+    cfg = configure(given)
+    if "gradcheck" in given:
+        return int(gradcheck() > 1e-6)
+    if "sample" in given:
+        print(sample(load(cfg.out), given["sample"], seed=cfg.seed))
+        return 0
+    print(device)
+    if "bench" in given:
+        bench(cfg)
+        return 0
+    resolved = dict(dataclasses.asdict(cfg), embed_density=target_density("wte", cfg),
+                    threads=cfg.threads or n_cores())
+    print("config: " + " ".join(f"{name}={value}" for name, value in resolved.items()))
+    model = train(cfg, "resume" in given)
+    report(model)
+    print(f"\nnext: python sparsegpt.py --sample 'def f(' --out {shlex.quote(cfg.out)}")
+    return 0
+
+
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a check that failed, 2 for a mistake,
     130 for Ctrl-C."""
-    given = vars(make_parser().parse_args(argv))
-    if sys.stdout:  # a sample may hold what a console lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        device = use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
-        cfg = configure(given)
-        if "gradcheck" in given:
-            return int(gradcheck() > 1e-6)
-        if "sample" in given:
-            print(sample(load(cfg.out), given["sample"], seed=cfg.seed))
-            return 0
-        print(device)
-        if "bench" in given:
-            bench(cfg)
-            return 0
-        resolved = dict(dataclasses.asdict(cfg), embed_density=target_density("wte", cfg),
-                        threads=cfg.threads or n_cores())
-        print("config: " + " ".join(f"{name}={value}" for name, value in resolved.items()))
-        model = train(cfg, "resume" in given)
-        report(model)
-        print(f"\nnext: python sparsegpt.py --sample 'def f(' --out {shlex.quote(cfg.out)}")
-        return 0
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MemoryError:
-        print("sparsegpt.py: error: not enough memory; lower --d_model, --n_ctx or --batch_size",
-              file=sys.stderr)
-        return 2
-    except (UserError, FloatingPointError, OSError) as e:
-        print(f"sparsegpt.py: error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        print("interrupted" + (f"; {e}" if e.args else ""), file=sys.stderr)
-        return 130
+    return tasks.command("sparsegpt.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ import difflib
 import keyword
 import os
 import random
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -503,11 +506,11 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
     """
     if task not in TASKS:
         close = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"no task {task!r}; the nearest is {close!r}; tasks: {', '.join(TASKS)}")
+        raise UserError(f"no task {task!r}; the nearest is {close!r}; tasks: {', '.join(TASKS)}")
     if split not in SPLITS:
-        raise ValueError(f"no split {split!r}; splits: {', '.join(SPLITS)}")
+        raise UserError(f"no split {split!r}; splits: {', '.join(SPLITS)}")
     if n < 1:
-        raise ValueError(f"n is the number of pairs and must be at least 1, not {n}")
+        raise UserError(f"n is the number of pairs and must be at least 1, not {n}")
     rng = random.Random(f"{task}/{split}/{seed}")  # a string seeds alike on every platform
     found = {}  # by prompts: keeps the order and drops what was made before
     # A pair depends on those before it only through rng, so asking for more changes none of them.
@@ -550,30 +553,87 @@ def show(task: str, n: int, seed: int, split: str) -> None:
             print(f"  right {right!r}  wrong {wrong!r}\n")
 
 
+class UserError(ValueError):
+    """Something the user can put right: a command prints it as one line and ends with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line on stderr for a mistake, and the nearest flag."""
+
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, **more)
+
+    def error(self, message):
+        if "unrecognized" in message:
+            for word in re.findall(r"--\w+", message):
+                near = difflib.get_close_matches(word, self._option_string_actions, 1)
+                message += f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"{message}; see --help")
+
+
+def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = "") -> int:
+    """The exit status of run(argv), of a program `name`: a mistake is one line on stderr and status
+    2, Ctrl-C and SIGTERM are 130. kept: what is said after these."""
+    def complain(message):
+        print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
+
+    def no_more_output():  # so that Python does not fail to flush it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.stdout:  # tokens and samples may hold what a console lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            status = run(argv)
+        except SystemExit as e:  # after --help
+            status = e.code
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        no_more_output()
+        return 0
+    except MemoryError:
+        complain("error: not enough memory; lower --d_model, --n_ctx or --batch_size")
+    except (UserError, FloatingPointError, OSError) as e:
+        complain(f"error: {e}")
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except OSError:
+            no_more_output()
+    except KeyboardInterrupt as e:
+        complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
+        return 130
+    return 2
+
+
 def main(argv=None) -> int:
     """The three commands of the module's docstring; a wrong value is one line and status 2."""
-    parser = argparse.ArgumentParser(description="Pairs and training text for the twenty tasks.")
+    return command("tasks.py", run, argv)
+
+
+def run(argv) -> int:
+    """What `main` does, if nothing goes wrong."""
+    parser = Parser(description="Pairs and training text for the twenty tasks.")
     parser.add_argument("task", nargs="?", help="show this task only (all of them if left out)")
     parser.add_argument("--n", type=int, default=3, help="how many pairs or documents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="eval", help="train, eval or held")
     parser.add_argument("--idioms", action="store_true", help="show training documents instead")
     args = parser.parse_args(argv)
-    try:
-        if args.n < 1:
-            raise ValueError(f"--n must be at least 1, not {args.n}")
-        if args.idioms:
-            rng = random.Random(f"idioms/{args.seed}")
-            print("\n----\n".join(idiom(rng) for _ in range(args.n)))
-        else:
-            for task in [args.task] if args.task else TASKS:
-                show(task, args.n, args.seed, args.split)
-        sys.stdout.flush()
-    except ValueError as error:
-        print(f"tasks.py: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if args.n < 1:
+        raise UserError(f"--n must be at least 1, not {args.n}")
+    if args.idioms and args.task is not None:
+        raise UserError("--idioms are of no one task")
+    if args.idioms:
+        rng = random.Random(f"idioms/{args.seed}")
+        print("\n----\n".join(idiom(rng) for _ in range(args.n)))
+    else:
+        for task in TASKS if args.task is None else [args.task]:
+            show(task, args.n, args.seed, args.split)
     return 0
 
 

@@ -2290,6 +2290,8 @@ def test_a_circuit_that_is_not_the_models_is_seen(cues, change, capsys):
         content["fill"] = [x + 0.1 for x in content["fill"]]
     else:
         content["losses"]["circuit"]["held"]["full"] += 0.01
+    del content["sha256"]
+    content["sha256"] = prune.digest(content)
     write({"circuits/cue.json": json.dumps(content).encode()})
     status, out, err = run_prune(capsys, "--check circuits/cue.json")
     if change == "weight":
@@ -2298,15 +2300,12 @@ def test_a_circuit_that_is_not_the_models_is_seen(cues, change, capsys):
         assert (status, err) == (1, "") and "circuit" in out and "the file says" in out
 
 
-def check_file(capsys, content):
-    """Fails unless a changed file does no harm or is refused in one line; whether it is."""
-    refused = []
+def check_refused(capsys, content):
+    """Fails unless each command that reads a circuit refuses this one in a line."""
     write({"circuits/cue.json": content})
     for line in ("--check circuits/cue.json", "cue --explain"):
-        status, _, err = run_prune(capsys, line + " --model model.npz")
-        assert status == 2 and err.count("\n") == 1 or status in (0, 1) and not err
-        refused.append(status == 2)
-    return all(refused)
+        status, out, err = run_prune(capsys, line + " --model model.npz")
+        assert (status, out, err.count("\n")) == (2, "", 1) and "cue.json" in err
 
 
 @pytest.mark.parametrize("content", [
@@ -2319,24 +2318,33 @@ def test_a_foreign_old_or_truncated_file_is_no_circuit(cues, content, capsys):
         content = text[:int(content * len(text))]
     elif content == "circuit-0":
         content = text.replace(prune.FORMAT, content)
-    assert check_file(capsys, content.encode("latin-1"))
+    check_refused(capsys, content.encode("latin-1"))
 
 
 @given(data=st.data(),
        value=st.sampled_from(["gone", None, 5, -1, "x", [], {}, math.nan, 10**400]))
 @settings(max_examples=60)
-def test_a_damaged_circuit_file_is_refused_or_unharmed(cues, capsys, data, value):
-    """A key, an item or a value missing or of another type, anywhere: never another exception."""
+def test_a_damaged_circuit_file_is_refused(cues, capsys, data, value):
+    """A key, an item or a value missing, other or of another type, anywhere: the checksum tells."""
     content = at = write_circuit()
     while True:
         key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
         if not at[key] or not isinstance(at[key], (dict, list)) or data.draw(st.booleans()):
             break
         at = at[key]
+    assume(at[key] != value)
     at[key] = value
     if value == "gone":
         del at[key]
-    check_file(capsys, json.dumps(content).encode())
+    check_refused(capsys, json.dumps(content).encode())
+
+
+def test_a_circuit_under_another_tasks_name_is_not_its_circuit(cues, capsys):
+    """Neither explained nor kept: a file that was copied or renamed."""
+    write_circuit()
+    Path("circuits/cue.json").rename("circuits/hopeless.json")
+    status, out, err = run_prune(capsys, "hopeless --explain --model model.npz")
+    assert (status, out) == (2, "") and "circuit of cue" in err
 
 
 @pytest.fixture
@@ -2360,9 +2368,11 @@ def brief(cues, monkeypatch):
     ("cue --explain --model other.npz", "another model"), ("cue --target 0", "--target"),
     ("cue --target nan", "--target"), ("cue --target 5", "--target"), ("cue --out c/a", "c/a"),
     ("cue --target x", "--target"), ("cue --budget -1", "--budget"), ("cue --seeds 0", "--seeds"),
-    ("cue --budget nan", "--budget"), ("cue --seed -1", "--seed"), ("all --set final.1=0", "all"),
+    ("cue --budget nan", "--budget"), ("cue --seed -1", "--seed"), ("all --set final.1=0", "one task"),
     ("cue --set h1.neuron.5", "h1.neuron.5"), ("cue --set h1.neuron.99=1", "h1.neuron.99"),
-    ("cue --set h1.neuron.5=x", "--set"), ("cue --set h1.neuron.5=nan", "finite"),
+    ("cue --set h1.neuron.5=x", "--set"), ("cue --set h1.neuron.5=nan", "nan"),
+    ("cue --set h1.neuron.5=1e39", "1e9"), ("all --explain", "one task"), ("cue --model", "--model"),
+    ("cue --sweep --explain", "--sweep"), ("cue --check x.json", "no task"),
     ("cue --ablate final.99", "final.99"), ("cue --set final.1=1 --explain", "not allowed with"),
     ("cue --ablation foo", "--ablation"), ("cue --out text.txt", "text.txt"),
     ("cue --out text.txt/x", "text.txt"), ("hopeless", "over the target"), ("endless", "context"),
