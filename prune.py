@@ -28,7 +28,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -585,16 +585,17 @@ def shared_masks(cfg, tied=True):
     return np.unique(mask, return_inverse=True)[1].reshape(-1)
 
 
-def gradient(model, prompts, keep, fill):
-    """(binary loss, its gradient by every node's mask) of prompts, uncalibrated."""
+def gradient(model, prompts, keep, fill, calibration=Calibration()):
+    """(margins, the gradient of the mean binary loss by every node's mask) of prompts."""
     hook = Ablation(keep, fill, model.cfg)
     logits, cache = sg.forward(model.params, prompts.ids, model.cfg, hook, at=prompts.last)
-    margin = margins(sg.to_host(logits), prompts)
-    slope, rows = np.exp(-np.logaddexp(0, margin)) / len(margin), np.arange(len(margin))
+    logits = sg.to_host(logits)
+    slope = np.exp(-np.logaddexp(0, calibration.margins(logits, prompts)))  # how wrong each is
+    slope, rows = calibration.scale * slope / len(slope), np.arange(len(slope))
     dlogits = np.zeros(logits.shape, model.cfg.dtype)
     dlogits[rows, prompts.right], dlogits[rows, prompts.wrong] = -slope, slope
     sg.backward(sg.xp.asarray(dlogits), cache, model.cfg)
-    return logistic(margin), sg.to_host(hook.grad).astype(np.float64)
+    return margins(logits, prompts), sg.to_host(hook.grad).astype(np.float64)
 
 
 def learn_masks(problem, k_coef, lr, temperature, seed, progress, aim=None):
@@ -614,10 +615,15 @@ def learn_masks(problem, k_coef, lr, temperature, seed, progress, aim=None):
     m, v, use = np.zeros_like(tau), np.zeros_like(tau), np.zeros_like(tau)
     n_pairs = len(problem.pool.last) // 2
     smooth = aim = aim or s.target
+    calibration, recent = Calibration(), deque(maxlen=8)  # fitted to what the last batches gave
     for step in range(s.steps):
         pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
         batch = problem.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
-        loss, by_node = gradient(model, batch, (tau >= 0)[mask], problem.fill)
+        margin, by_node = gradient(model, batch, (tau >= 0)[mask], problem.fill, calibration)
+        loss = logistic(calibration.scale * margin + calibration.shift * batch.sign)
+        recent.append((margin, batch.sign))
+        if len(recent) == recent.maxlen and step % 4 == 0:
+            calibration = calibrate(*map(np.concatenate, zip(*recent)))
         by_mask = np.bincount(mask, by_node)
         use = 0.95 * use - 0.05 * by_mask
         soft = 1 / (1 + np.exp(-tau / temperature))

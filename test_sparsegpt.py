@@ -1696,14 +1696,17 @@ class Mixed(prune.Ablation):
 def test_the_gradient_of_a_mask_is_the_derivative_of_the_loss(backend, cfg, seed, data):
     """What masks are learned by, of kept and of deleted nodes, with AbsTopK and without."""
     model, fill, prompts, (keep, _) = drawn_cut(cfg, seed)
-    loss, grad = prune.gradient(model, prompts, keep, fill)
+    scale, shift = data.draw(st.sampled_from([(1.0, 0.0), (1.7, -0.6), (0.5, 1.0)]))
+    margin, grad = prune.gradient(model, prompts, keep, fill, prune.Calibration(scale, shift))
+    loss = prune.logistic(scale * margin + shift * prompts.sign)
     rows, errors = np.arange(len(prompts.last)), []
     for node in data.draw(st.lists(st.integers(0, len(fill) - 1), min_size=3, max_size=3)):
         def along(t):
             hook = Mixed(keep, fill, cfg)
             hook.mixed = node, keep[node] + t, fill
             z = run_hook(model, prompts.ids, hook, prompts.last)
-            return np.logaddexp(0, z[rows, prompts.wrong] - z[rows, prompts.right]).mean()
+            margin = z[rows, prompts.right] - z[rows, prompts.wrong]
+            return np.logaddexp(0, -scale * margin - shift * prompts.sign).mean()
         assert loss == pytest.approx(along(0.0), rel=1e-9)
         errors.append(mismatch(along, grad[node:node + 1], np.ones(1), loss))
     assume(None not in errors)
@@ -2015,10 +2018,12 @@ def test_masks_are_learned_by_adamw_through_a_sigmoid(cues, monkeypatch, tied):
         q, k = (prune.node_number(f"h{h}.{x}.{c}", problem.model.cfg) for x in "qk")
         group[k] = q
 
-    def gradient(model, prompts, keep, fill):  # at the target, where k_coef stays as it is
-        kept.append(keep)
-        return s.target, need * (1 + keep) + noise[len(kept) - 1]
+    def gradient(model, prompts, keep, fill, calibration):
+        kept.append(keep)  # and at the target, where k_coef stays as it is
+        margin = np.full(len(prompts.last), -math.log(math.expm1(s.target)))
+        return margin, need * (1 + keep) + noise[len(kept) - 1]
     monkeypatch.setattr(prune, "gradient", gradient)
+    monkeypatch.setattr(prune, "calibrate", lambda margin, sign: prune.Calibration())
     _, t = prune.learn_masks(problem, 0.02, 0.0, 0.2, [0, 0], quiet)  # at rate 0: as it starts
     kept.clear()
     order, tau = prune.learn_masks(problem, 0.02, 0.06, 0.2, [0, 0], quiet)
