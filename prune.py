@@ -161,7 +161,7 @@ class Prompts(NamedTuple):
         some = Prompts(*(column[index] for column in self))
         return some._replace(ids=some.ids[:, :some.last.max() + 1])
 
-    def parts(self, size=64):
+    def parts(self, size=16):
         """The prompts in parts of like length, so that little of a part is padding."""
         order = np.argsort(self.last, kind="stable")
         return [self.rows(order[i:i + size]) for i in range(0, len(order), size)]
@@ -1154,12 +1154,16 @@ def node_readings(study, problem, nodes):
     real = np.arange(pool.ids.shape[1]) <= pool.last[:, None]
     for kind, ids, valid in (("task", pool.ids, real),
                              ("text", study.text, np.ones(study.text.shape, bool))):
-        record = Recorder()
-        sg.forward(model.params, ids, model.cfg, record)
+        values = {n: [] for n in nodes}
+        for i in range(0, len(ids), 4):  # few at a time, to keep memory small
+            record = Recorder()
+            sg.forward(model.params, ids[i:i + 4], model.cfg, record)
+            for n in nodes:
+                place, _, channel = node_name(n, model.cfg).rpartition(".")
+                values[n].append(sg.to_host(record.seen[place][:, int(channel)]))
         for n in nodes:
-            place, _, channel = node_name(n, model.cfg).rpartition(".")
-            values = sg.to_host(record.seen[place])[:, int(channel)].reshape(ids.shape)
-            out[n][kind] = extremes(model, np.where(valid, values, np.nan), ids)
+            all_of = np.concatenate(values[n]).reshape(ids.shape)
+            out[n][kind] = extremes(model, np.where(valid, all_of, np.nan), ids)
     return out
 
 
