@@ -1974,7 +1974,7 @@ def runs_within(seconds, cfg, settings):
     """Mask trainings a search that fit into a budget: a count by the model's size, not a clock, so
     that the same command gives the same circuit on any machine."""
     weights = sum(math.prod(sg.shapes(cfg)[name]) for name in matrices(cfg))
-    one = 4.7e-8 * settings.steps * settings.pairs * weights  # of all searches, on two cores
+    one = 1.5e-8 * settings.steps * settings.pairs * weights  # of all searches, on two cores
     return max(1, min(len(TRIALS), int(seconds / one)))
 
 
