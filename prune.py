@@ -2140,6 +2140,7 @@ def run(argv):
     """What `main` does, if nothing goes wrong."""
     args = make_parser().parse_args(argv)
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
+    sg.set_blas_threads(1)  # as in every worker, so that the last digits do not tell which it was
     settings = settings_of(args)
     of_files = args.check is not None or args.compare is not None
     if of_files and (args.task is not None or args.sweep):
