@@ -228,7 +228,6 @@ class Config:
     sink: bool = flag(True, "model", "a learned attention sink per head")
     bigram: bool = flag(True, "model", "a dense table of logits by the current token")
 
-
     density: float = flag(1 / 32, "sparsity", "share of nonzero weights in every matrix; 1: dense")
     embed_density: float = flag(0.0, "sparsity", "the same for embeddings; 0: 4 x density, the "
                                 "release's rule")

@@ -31,6 +31,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+class UserError(ValueError):
+    """Something the user can put right: a command prints it as one line and ends with status 2."""
+
+
 # ---- words, dealt out to the splits -------------------------------------------------------------
 
 SPLITS = ("train", "eval", "held")  # for training; to find circuits on; to check them on
@@ -553,10 +557,6 @@ def show(task: str, n: int, seed: int, split: str) -> None:
             print(f"  right {right!r}  wrong {wrong!r}\n")
 
 
-class UserError(ValueError):
-    """Something the user can put right: a command prints it as one line and ends with status 2."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with one line on stderr for a mistake, and the nearest flag."""
 
@@ -596,7 +596,7 @@ def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = ""
         no_more_output()
         return 0
     except MemoryError:
-        complain("error: not enough memory; lower --d_model, --n_ctx or --batch_size")
+        complain("error: not enough memory; take a smaller model or batch")
     except (UserError, FloatingPointError, OSError) as e:
         complain(f"error: {e}")
         try:

@@ -492,6 +492,20 @@ def test_sequences_of_a_batch_are_independent(backend, cfg, seed):
     assert np.allclose(logits_of(params, ids, cfg), alone, 1e-9, 1e-12)
 
 
+@given(C=st.sampled_from([1024, 1536, 2048]), share=st.floats(0.001, 0.5), seed=SEEDS,
+       kind=st.sampled_from(["even", "one piece", "equals"]))
+def test_the_threshold_of_long_rows_is_that_of_a_sort(C, share, seed, kind):
+    """Rows over 512 are searched in pieces, also where one piece holds all of the largest."""
+    bits = np.random.default_rng(seed).integers(0, 10**6, (3, C)).astype(np.int32)
+    if kind == "one piece":
+        bits[:, :512] += 10**6
+    elif kind == "equals":
+        bits %= 3
+    k, before = max(1, int(share * C)), bits.copy()
+    least = sg.kth_in_rows(bits, k)
+    assert np.array_equal(least[:, 0], np.sort(bits)[:, -k]) and np.array_equal(bits, before)
+
+
 @given(B=st.integers(1, 2), T=st.integers(1, 9), H=st.integers(1, 3), D=st.integers(1, 3),
        block=st.integers(1, 10), sink=st.booleans(), seed=SEEDS)
 def test_attention_is_softmax_over_the_past(backend, B, T, H, D, block, sink, seed):
@@ -1665,6 +1679,16 @@ def test_a_circuit_computes_what_its_definition_says(backend, cfg, seed):
         expected = slow_circuit(model, fill, ids[:last + 1], cut)[1][last]
         assert np.allclose(row, expected, 1e-9, 1e-9)
     assert np.allclose(compact.logits(cut), logits, 1e-8, 1e-9)
+    rng = np.random.default_rng(seed)
+    for _ in range(4):  # what it remembers of one cut must not be taken for another's
+        one = int(rng.integers(len(cut.keep)))
+        changed = cut._replace(keep=np.where(np.arange(len(cut.keep)) == one, ~cut.keep, cut.keep))
+        if cut.edges is not None:
+            name = rng.choice(list(cut.edges))
+            changed = changed._replace(edges={**cut.edges, name: cut.edges[name] & (
+                rng.random(cut.edges[name].shape) < 0.7)})
+        assert np.allclose(compact.logits(changed), whole.logits(changed), 1e-8, 1e-9)
+    assert np.allclose(compact.logits(cut), logits, 1e-8, 1e-9)
     assert all(np.array_equal(*columns) for columns in zip(order, compact.prompts))
 
 
@@ -1834,7 +1858,7 @@ def test_bisection_finds_the_fewest_in_few_steps(data, n):
         calls.append(cut)
         return cut.keep.sum() >= least
     found = prune.bisect(order, good)
-    assert len(calls) <= 4 + 2 * math.log2(n) and (found is None) == (least > n)
+    assert len(calls) <= 4 + 2 * math.log2(min(least, n) + 1) and (found is None) == (least > n)
     assert found is None or set(np.flatnonzero(found.keep)) == set(order[:least])
 
 
@@ -1947,6 +1971,33 @@ def test_the_circuit_of_a_network_wired_by_hand_is_found(backend, cues, ablation
     assert (nodes, edges.keys()) == (NODES, EDGES)
     assert prune.full_loss(problem) < 0.05 and found.loss < 0.05 and found.stages[-1] == dict(
         stage="edges cleaned", nodes=11, edges=6, loss=pytest.approx(found.loss))
+
+
+@pytest.mark.parametrize("nonsense, aim", [(False, 0.135), (True, 0.135)])
+def test_a_control_is_searched_as_hard_as_its_task(cues, monkeypatch, nonsense, aim):
+    """Masks are trained to the same loss, however bad the full model is at a control."""
+    model, aims = wired(), []
+    problem = prune.Problem(model, prune.Study(model).fill, "cue", FEW, nonsense)
+    assert (prune.full_loss(problem) > 2) == nonsense
+
+    def learn_masks(*args):
+        aims.append(args[-1])
+        return np.arange(368), np.ones(368)
+    monkeypatch.setattr(prune, "learn_masks", learn_masks)
+    monkeypatch.setattr(prune, "clean", lambda problem, cut, *_: (cut, prune.Calibration(), 0.0))
+    prune.search(problem, quiet)
+    assert aims == [pytest.approx(aim)]
+
+
+def test_a_huge_circuit_is_not_cleaned_and_says_so(cues, monkeypatch):
+    """It is returned as it came, within the target."""
+    model, stages = wired(), []
+    problem = prune.Problem(model, prune.Study(model).fill, "cue", FEW)
+    every = prune.Cut(np.ones(368, bool))
+    monkeypatch.setattr(prune, "TOO_LARGE", problem.size(every)[1] - 1)
+    cut, calibration, loss = prune.clean(problem, every, lambda *stage: stages.append(stage), quiet)
+    assert cut is every and loss == problem.loss(every, calibration) <= FEW.target
+    assert [name for name, *_ in stages] == ["not cleaned: too large"]
 
 
 def test_learned_masks_rank_the_nodes_of_a_circuit_first(cues):
@@ -2158,6 +2209,11 @@ def test_what_is_said_of_the_known_circuit_is_true(cues):
     assert checks["resampled ablation"]["loss"] > 1.5 * frozen > 0  # not the mean once more
     neuron = prune.node_number("h1.neuron.5", model.cfg)
     problem = prune.Problem(model, circuit.fill, "cue", FEW)
+    seen, patterns = [], prune.patterns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune, "patterns", lambda *a: (seen.append(len(a[3])), patterns(*a))[1])
+        prune.check_attention(problem, circuit.cut, [(0, 0)])
+    assert sum(seen) == 2 * len(problem.judged.last)  # every prompt, in both models
     assert not prune.check_resampled(problem, circuit.cut.without([neuron]),
                                      circuit.calibration, prune.text_windows(model, 64))["passed"]
     as_it_is, changed = prune.intervene(model, "cue", {neuron: 0.0}, FEW)[-2:]
@@ -2430,6 +2486,11 @@ def test_all_tasks_are_pruned_and_finished_circuits_are_kept(brief, capsys):
     assert not kept and sorted(path.name for path in first if path.parent.name == "circuits") == [
         "cue.dot", "cue.html", "cue.json", "summary.html"]
     assert run() == (first, True)
+    Path("circuits/cue.html").unlink()  # a run that was cut off before it drew
+    assert run() == (first, True)
+    write({"circuits/hopeless.json": Path("circuits/cue.json").read_bytes()})  # not its circuit
+    assert run()[1]
+    Path("circuits/hopeless.json").unlink()
     write({"circuits/cue.json": first[Path("circuits/cue.json")][:-99]})
     assert run() == (first, False)
     assert run("--target 0.1")[1] is False
