@@ -357,8 +357,8 @@ class Whole:
 
 class Compact(Whole):
     """The same numbers, to rounding, from the kept rows and columns alone: what it costs to try a
-    cut. Twenty times as fast on a small circuit. A cut that is like an earlier one up to some step
-    (a block's attention, or its MLP) is run from there: trials differ in one place."""
+    cut. Forty times as fast on a circuit of 31 nodes of 5,888. A cut that is like an earlier one up
+    to some step (a block's attention, or its MLP) is run from there: trials differ in one place."""
 
     def __init__(self, model, fill, prompts):
         super().__init__(model, fill, prompts)
@@ -2056,15 +2056,15 @@ def prune_one(study, settings, folder, seeds, with_sweep, task):
         circuit = load(path)
         r = circuit.record
         kept = (circuit.task == task and circuit.settings == settings and r["seeds"] == seeds
-                and r["model"]["fingerprint"] == study.fingerprint
-                and ("sweep" in r) >= with_sweep)
+                and r["model"]["fingerprint"] == study.fingerprint)
     except (sg.UserError, KeyError):
         kept = False
     try:
         if not kept:
             circuit = prune(study.model, task, settings, study, seeds, quiet)
-            if with_sweep:
-                circuit.record["sweep"] = sweep(study, task, settings, quiet)
+            circuit = finish(folder, circuit, study.model)
+        if with_sweep and "sweep" not in circuit.record:
+            circuit.record["sweep"] = sweep(study, task, settings, quiet)
             circuit = finish(folder, circuit, study.model)
         elif not all(path.with_suffix(end).exists() for end in (".html", ".dot")):
             draw(path, circuit)

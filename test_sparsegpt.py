@@ -2475,15 +2475,17 @@ def test_the_whole_path_of_pruning_runs(brief, capsys):
 def test_all_tasks_are_pruned_and_finished_circuits_are_kept(brief, capsys):
     """A task that cannot be pruned ends nothing. A second run does only what is missing, damaged
     or asked for otherwise."""
-    def run(more=""):
+    def run(more="--sweep"):
         status, out, err = run_prune(
-            capsys, "all --model model.npz --seeds 1 --sweep --out circuits " + more)
+            capsys, "all --model model.npz --seeds 1 --out circuits " + more)
         assert (status, err) == (0, "") and "11 nodes, 6 edges" in out
         assert all(re.search(f"{task} .*not pruned", out) for task in ("hopeless", "endless"))
         Page(Path("circuits/summary.html").read_text())
         return files(), "kept" in out
+    assert run("") and "sweep" not in prune.load("circuits/cue.json").record
     first, kept = run()
-    assert not kept and sorted(path.name for path in first if path.parent.name == "circuits") == [
+    assert kept and len(prune.load("circuits/cue.json").record["sweep"]) == 2
+    assert sorted(path.name for path in first if path.parent.name == "circuits") == [
         "cue.dot", "cue.html", "cue.json", "summary.html"]
     assert run() == (first, True)
     Path("circuits/cue.html").unlink()  # a run that was cut off before it drew
