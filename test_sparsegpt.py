@@ -119,7 +119,7 @@ class StrictModule:
     array = staticmethod(lambda x, **k: Strict(np.array(getattr(x, "a", x), **k)))
 
     def __getattr__(self, name):
-        if name not in """abs add arange argmax argsort clip concatenate copysign copyto cumsum
+        if name not in """abs add arange argmax argsort bitwise_and clip concatenate copyto cumsum
                 divide dot einsum empty empty_like exp flatnonzero full full_like greater
                 greater_equal isfinite log matmul max maximum mean minimum multiply ones ones_like
                 partition reciprocal sort sqrt stack subtract sum take tile triu where zeros
