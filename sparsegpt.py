@@ -29,6 +29,7 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -51,6 +52,11 @@ import numpy as np
 
 import tasks
 from tasks import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 FORMAT = "sparsegpt-1"  # the version of the checkpoint format
 
@@ -197,6 +203,23 @@ def empty(shape, dtype):
 def empty_like(x):
     """An uninitialised array of x's shape and dtype; see `empty`."""
     return empty(x.shape, x.dtype)
+
+
+def fused():
+    """Whether to run the fused kernels: on a GPU they do in one pass over memory what the plain
+    lines beside them do."""
+    return hasattr(xp, "RawKernel")
+
+
+@functools.cache
+def kernel(kind, *definition):
+    """A "RawKernel" or an "ElementwiseKernel" of CuPy, which compiles it when it is first run."""
+    return getattr(xp, kind)(*definition)
+
+
+def run_rows(code, name, n, *args):
+    """Run a CUDA kernel on n rows, each of them one warp's."""
+    kernel("RawKernel", code, name)((-(-n // 4),), (32, 4), (np.int32(n), *args))
 
 
 # ---- Config: every field is a flag --------------------------------------------------------------
@@ -687,6 +710,39 @@ def kth_in_rows(bits, k):  # [..., C] -> [..., 1]
     return part[..., C - k:C - k + 1]
 
 
+ABSTOPK = r"""
+extern "C" __global__ void abstopk(int rows, const float* x, float* out, bool* mask, int k) {
+    int lane = threadIdx.x, row = blockIdx.x * blockDim.y + threadIdx.y, v[(C + 31) / 32];
+    if (row >= rows) return;
+    long long at = (long long)row * C;
+    #pragma unroll
+    for (int i = 0; i < (C + 31) / 32; i++)  // |x| as integers, in registers
+        v[i] = 32 * i + lane < C ? __float_as_int(x[at + 32 * i + lane]) & 0x7fffffff : -1;
+    int least = 0;  // the k-th largest, found bit by bit: the largest that k of them reach
+    for (int bit = 1 << 30; bit; bit >>= 1) {
+        int n = 0;
+        #pragma unroll
+        for (int i = 0; i < (C + 31) / 32; i++) n += v[i] >= (least | bit);
+        for (int s = 16; s; s /= 2) n += __shfl_xor_sync(~0u, n, s);
+        if (n >= k) least |= bit;
+    }
+    int room = k;  // for equals of the k-th: what those above it leave
+    #pragma unroll
+    for (int i = 0; i < (C + 31) / 32; i++) room -= __popc(__ballot_sync(~0u, v[i] > least));
+    #pragma unroll
+    for (int i = 0; i < (C + 31) / 32; i++) {
+        unsigned ties = __ballot_sync(~0u, v[i] == least);
+        bool keep = v[i] > least
+            || (v[i] == least && __popc(ties & ((1u << lane) - 1)) < room);
+        room -= __popc(ties);
+        if (32 * i + lane < C) {
+            out[at + 32 * i + lane] = keep ? x[at + 32 * i + lane] : 0;
+            mask[at + 32 * i + lane] = keep;
+        }
+    }
+}"""
+
+
 def abstopk(x, k):  # [..., C] -> [..., C]
     """Keep the k entries of largest |x| along the last axis, exactly k, the first of equals; zero
     the rest.
@@ -696,10 +752,14 @@ def abstopk(x, k):  # [..., C] -> [..., C]
     C = x.shape[-1]
     if k >= C:
         return x, None
-    size = xp.abs(x, out=empty_like(x))
-    bits = as_integers(size)
+    size, mask = empty_like(x), empty(x.shape, bool)
+    if fused() and C <= 4096 and x.dtype == np.float32:
+        run_rows(f"#define C {C}" + ABSTOPK, "abstopk", x.size // C, xp.ascontiguousarray(x), size,
+                 mask, np.int32(k))
+        return size, mask
+    bits = as_integers(xp.abs(x, out=size))
     least = kth_in_rows(bits, k)
-    mask = xp.greater_equal(bits, least, out=empty(x.shape, bool))
+    xp.greater_equal(bits, least, out=mask)
     if xp is not np or np.count_nonzero(mask) != mask.size // C * k:  # the k-th has equals
         tie = bits == least
         above = mask & ~tie
@@ -719,6 +779,11 @@ def gelu(x):
     derivative shares. float64, for checks: the series of 7.1.6, whose terms are all positive, to
     rounding.
     """
+    if fused():
+        return kernel("ElementwiseKernel", "T x", "T y, T slope", """
+            T cdf = T(0.5) * erfc(x * T(-0.7071067811865476));
+            y = x * cdf;
+            slope = cdf + x * exp(x * x * T(-0.5)) * T(0.3989422804014327)""", "gelu")(x)
     bell = xp.multiply(x, x, out=empty_like(x))
     bell *= -0.5
     xp.exp(bell, out=bell)  # exp(-x*x/2)
@@ -786,39 +851,70 @@ def attention(qkv, sink, B, d_head, at=None, block=64):  # [B*T, 3, C], [H] or N
         end = j if at is None else T
         e = xp.matmul(q[:, :, i:j], keys[..., :end],
                       out=empty((B, C // d_head, j - i, end), out.dtype))  # logits
-        shift = must_shift(e, sink)
         if at is None:
-            e[..., i:] += causal_mask(j - i, out.dtype)
+            mask = causal_mask(j - i, e.dtype)
         else:
-            later = xp.arange(T) > (at % T)[:, None]
-            e += xp.where(later, -math.inf, 0).astype(e.dtype)[:, None, None]
-        top = 0
-        if shift:
-            top = e.max(-1, keepdims=True)
-            if sink is not None:
-                top = xp.maximum(top, sink[:, None, None])
-            e -= top
-        xp.exp(e, out=e)
-        total = xp.matmul(e.reshape(-1, end), xp.ones(end, e.dtype))  # 5 times as fast as .sum(-1)
-        total = total.reshape(B, -1, j - i, 1)
-        to_sink = None
-        if sink is not None:
-            to_sink = xp.exp(sink[:, None, None] - top)
-            total += to_sink
-            to_sink = to_sink / total
+            mask = xp.where(xp.arange(T) > (at % T)[:, None], -math.inf, 0).astype(e.dtype)
+            mask = mask[:, None, None]
+        total, to_sink = exponentials(e, mask, sink)
         xp.matmul(e, v[:, :, :end], out=heads[:, :, i:j])
         heads[:, :, i:j] /= total
         blocks.append((i, j, end, e, total, to_sink))  # e / total are the attention weights
     return out, (q, keys, v, heads, at, blocks)
 
 
-def must_shift(logits, sink, limit=40):
-    """Whether a softmax must subtract each row's largest logit so as not to overflow. Where all
-    are within the limit it need not, which saves a fifth of the attention. A GPU, which is not to
-    be kept waiting for an answer, always does."""
-    if xp is not np or (sink is not None and not abs(sink).max() <= limit):
-        return True
-    return not (logits.max() <= limit and logits.min() >= -limit)
+SOFTMAX = r"""
+extern "C" __global__ void softmax(int rows, float* e, const float* sink, float* total,
+                                   float* to_sink, int first, int queries, int heads, int keys) {
+    int lane = threadIdx.x, row = blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    e += (long long)row * keys;
+    int last = first + row % queries;  // the last key that this query sees
+    float own = sink[row / queries % heads], top = own, sum = 0;
+    for (int i = lane; i <= last; i += 32) top = fmaxf(top, e[i]);
+    for (int s = 16; s; s /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, s));
+    for (int i = lane; i < keys; i += 32) sum += e[i] = i <= last ? expf(e[i] - top) : 0;
+    for (int s = 16; s; s /= 2) sum += __shfl_xor_sync(~0u, sum, s);
+    own = expf(own - top);
+    if (lane == 0) {
+        total[row] = sum + own;
+        to_sink[row] = own / (sum + own);
+    }
+}"""
+
+
+def exponentials(e, mask, sink, limit=40):  # [B, H, t, s], [t, n] or [B, 1, 1, n], [H] or None
+    """The softmax of logits e without its division: e becomes exp(e + mask - a shift of the row),
+    the mask on the last n columns. Returns each row's sum [B, H, t, 1] with the sink's part in it,
+    and that part's share, or None.
+
+    The shift, the row's largest logit, is there to keep exp from overflow. Where all logits are
+    within the limit there is none, which saves a fifth of the attention.
+    """
+    B, H, t, s = e.shape
+    if fused() and e.dtype == np.float32 and mask.ndim == 2:
+        total, to_sink = xp.empty((2, B, H, t, 1), e.dtype)
+        own = xp.full(H, -math.inf, e.dtype) if sink is None else sink
+        run_rows(SOFTMAX, "softmax", B * H * t, e, own, total, to_sink,
+                 *map(np.int32, (s - mask.shape[1], t, H, s)))
+        return total, None if sink is None else to_sink
+    top = 0
+    within = xp is np and e.max() <= limit and e.min() >= -limit and (
+        sink is None or abs(sink).max() <= limit)
+    e[..., s - mask.shape[-1]:] += mask
+    if not within:
+        top = e.max(-1, keepdims=True)
+        if sink is not None:
+            top = xp.maximum(top, sink[:, None, None])
+        e -= top
+    xp.exp(e, out=e)
+    total = xp.matmul(e.reshape(-1, s), xp.ones(s, e.dtype))  # 5 times as fast as .sum(-1)
+    total = total.reshape(B, H, t, 1)
+    if sink is None:
+        return total, None
+    own = xp.exp(sink[:, None, None] - top)
+    total += own
+    return total, own / total
 
 
 def attention_backward(dout, cache, dsink=None):
@@ -1170,8 +1266,40 @@ def learning_rate(step, cfg):
     return cfg.lr * ramp * fin
 
 
+COUNT_DIGITS = r"""
+extern "C" __global__ void count_digits(long long n, const int* bits, const int* found,
+                                        int* counts, int shift, int known) {
+    __shared__ int own[2048];
+    for (int i = threadIdx.x; i < 2048; i += blockDim.x) own[i] = 0;
+    __syncthreads();
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (long long)gridDim.x * blockDim.x)
+        if (bits[i] >> known == *found >> known) atomicAdd(&own[bits[i] >> shift & 2047], 1);
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2048; i += blockDim.x)
+        if (own[i]) atomicAdd(&counts[i], own[i]);
+}"""
+
+
+def kth_by_digits(bits, k):
+    """`kth_largest` on a GPU: its digits from the first to the last, each by one count. Neither
+    sorts, as CuPy's partition does, nor waits for the device."""
+    found = xp.zeros(1, np.int32)
+    for shift, known in ((20, 31), (10, 20), (0, 10)):  # bits from `known` on are known
+        counts = xp.zeros(2048, np.int32)
+        kernel("RawKernel", COUNT_DIGITS, "count_digits")((256,), (512,), (
+            np.int64(bits.size), bits, found, counts, np.int32(shift), np.int32(known)))
+        reach = xp.cumsum(counts[::-1])  # how many have this digit or a larger one
+        short = reach < k
+        found |= ((2047 - short.sum()) << shift).astype(np.int32)
+        k = k - xp.where(short, reach, 0).max()
+    return found[0]
+
+
 def kth_largest(bits, k):
     """The k-th largest of a flat array of non-negative integers."""
+    if fused() and bits.dtype == np.int32:
+        return kth_by_digits(bits, k)
     if xp is np and len(bits) > 4096:  # only those near it, by a sample: 4 to 8 times as fast
         sample = np.sort(bits[::64])
         rank = len(sample) - k / 64
@@ -1238,6 +1366,16 @@ def adam_step(flat, m, v, work, step, cfg):
              "none": xp.ones_like(rms)}[cfg.grad_scale].astype(g.dtype)
     rate = learning_rate(step, cfg) / (1 - cfg.beta1 ** (step + 1))
     unbias = 1 / (1 - cfg.beta2 ** (step + 1))
+
+    if fused():
+        kernel("ElementwiseKernel", "T g, T scale, T rate, T unbias, T beta1, T beta2, T eps",
+               "T w, T m, T v", """
+               T scaled = g * scale;
+               m = beta1 * m + (1 - beta1) * scaled;
+               v = beta2 * v + (1 - beta2) * scaled * scaled;
+               w -= rate * m / (sqrt(v * unbias) + eps)""", "adam")(
+            g, scale, rate, unbias, cfg.beta1, cfg.beta2, cfg.eps, flat, m, v)
+        return
 
     def update(part):
         gp, mp, vp = g[part], m[part], v[part]
@@ -1691,15 +1829,16 @@ def gradcheck(log=print):
     return worst
 
 
-def median_ms(fn, n=11, warmup=3):
-    """The median milliseconds of n calls, after a warm-up."""
-    times = []
-    for _ in range(warmup + n):
+def median_ms(fn, n=11, warmup=3, seconds=10):
+    """The median milliseconds of n calls, after a warm-up; of fewer where these take long."""
+    times, began = [], time.perf_counter()
+    while len(times) < warmup + n and (len(times) < 4 or time.perf_counter() - began < seconds):
         t = time.perf_counter()
         fn()
         synchronize()
         times.append(time.perf_counter() - t)
-    return 1e3 * sorted(times[warmup:])[n // 2]
+    times = sorted(times[min(warmup, len(times) - 3):])
+    return 1e3 * times[len(times) // 2]
 
 
 def synchronize():
@@ -1732,15 +1871,15 @@ def products_alone(cfg):
     return lambda: parallel(shard, range(cfg.shards), cfg.threads)
 
 
-def bench(cfg, log=print):
-    """Print tokens/s of a training step at the final density on random tokens, the time of each
-    phase, and the rate at which this machine does the step's dense matrix products alone."""
+def measure(cfg):
+    """{phase: median milliseconds} of a training step at the final density on random tokens, of
+    the whole step and of its dense matrix products alone, and "MB", the most memory that this
+    process has held (None where the system does not say), or that a GPU holds."""
     rng, flat = np.random.default_rng(0), init_flat(cfg)
     m, v, params = xp.zeros_like(flat), xp.zeros_like(flat), views(flat, cfg)
     work = xp.empty((cfg.shards, len(flat)), flat.dtype)
     ids = rng.integers(0, cfg.vocab_size, (cfg.batch_size, cfg.n_ctx + 1))
-    shards, n = np.array_split(ids, cfg.shards), ids[:, 1:].size
-    last, phases = cfg.steps - 1, defaultdict(list)
+    shards, last, phases = np.array_split(ids, cfg.shards), cfg.steps - 1, defaultdict(list)
 
     def step():
         times = [time.perf_counter()]
@@ -1753,20 +1892,56 @@ def bench(cfg, log=print):
         for name, start, end in zip(("both", "optimizer", "top-k"), times, times[1:]):
             phases[name].append(1e3 * (end - start))
 
-    total = median_ms(step)
-    ahead = median_ms(lambda: parallel(
+    out = {"step": median_ms(step)}
+    out["forward"] = median_ms(lambda: parallel(
         lambda part: token_losses(params, part[:, :-1], part[:, 1:], cfg)[0], shards, cfg.threads))
-    both, adam, topk = (sorted(times)[len(times) // 2] for times in phases.values())
-    alone = median_ms(products_alone(cfg))
-    log(f"{cfg.n_layer} layers, width {cfg.d_model}, batch {cfg.batch_size} x {cfg.n_ctx}, "
-        f"vocabulary {cfg.vocab_size}, density {cfg.density:g}, {cfg.threads or n_cores()} "
-        f"threads, {cfg.shards} shards")
-    log(f"step            {total:8.1f} ms  {1e3 * n / total:10,.0f} tokens/s")
-    for name, ms in (("forward", ahead), ("backward", both - ahead), ("optimizer", adam),
-                     ("top-k", topk)):
-        log(f"  {name:<13} {ms:8.1f} ms  {ms / total:10.0%}")
-    log(f"products alone  {alone:8.1f} ms  {1e3 * n / alone:10,.0f} tokens/s; the step runs at "
-        f"{alone / total:.0%} of that rate")
+    for name, times in phases.items():
+        out[name] = sorted(times)[len(times) // 2]
+    out["backward"] = out.pop("both") - out["forward"]
+    out["MB"] = None
+    if xp is not np:
+        out["MB"] = xp.get_default_memory_pool().total_bytes() / 1e6
+    elif resource:
+        unit = 1 if sys.platform == "darwin" else 1024
+        out["MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    out["products"] = median_ms(products_alone(cfg))
+    return out
+
+
+def measure_elsewhere(cfg):
+    """What `measure` returns, from a process of its own, whose memory is that of this run alone."""
+    if xp is not np:
+        return measure(cfg)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C ends it
+        return pool.apply(measure, (cfg,))
+
+
+def bench(cfg, log=print):
+    """Print how fast this machine trains: a config, and how its speed, memory and phases grow with
+    width, threads, context and density, one of them changed at a time. "of products": the rate of
+    the step by the rate of its dense matrix products alone."""
+    tokens, cores = cfg.batch_size * cfg.n_ctx, cfg.threads or n_cores()
+    rows = [("as given", {})]
+    rows += [(f"width {w}", dict(d_model=w)) for w in (64, 128, 256, 512, 1024)
+             if w % cfg.d_head == 0]
+    rows += [(f"threads {n}", dict(threads=n)) for n in sorted({1, 2, 4, cores}) if n <= cores]
+    rows += [(f"context {t}", dict(n_ctx=t, batch_size=max(1, tokens // t)))
+             for t in (64, 128, 256, 512)]
+    rows += [(f"density {d:g}", dict(density=d)) for d in (1, 1 / 4, 1 / 16, 1 / 64)]
+    log(f"{cfg.n_layer} layers, width {cfg.d_model}, heads of {cfg.d_head}, batch "
+        f"{cfg.batch_size} x {cfg.n_ctx}, vocabulary {cfg.vocab_size}, density {cfg.density:g}, "
+        f"AbsTopK {cfg.afrac:g}, {cores} threads; then one thing changed:")
+    log(f"{'':<16}{'ms/step':>9} {'tokens/s':>9} {'MB':>6} {'forward':>8} {'backward':>8} "
+        f"{'optimizer':>9} {'top-k':>6} {'of products':>12}")
+    for name, change in rows:
+        one = dataclasses.replace(cfg, **change)
+        t = measure_elsewhere(one)
+        shares = [t[phase] / t["step"] for phase in ("forward", "backward", "optimizer", "top-k")]
+        log(f"{name:<16}{t['step']:9.1f} {1e3 * one.batch_size * one.n_ctx / t['step']:9,.0f} "
+            + (f"{t['MB']:6.0f}" if t["MB"] else f"{'?':>6}")
+            + "{:9.0%}{:9.0%}{:10.0%}{:7.0%}".format(*shares)
+            + f"{t['products'] / t['step']:13.0%}")
 
 
 # ---- command line -------------------------------------------------------------------------------

@@ -465,6 +465,27 @@ def test_planted_error_in_the_model_is_caught(name, plant, monkeypatch):
         check_model(n_layer=1, sink=True, afrac=0.5, act="gelu")
 
 
+def test_timings_are_of_what_they_name(monkeypatch):
+    """--bench: each row of the table is of the config it names, with the figures measured."""
+    cfg, lines, seen = tiny(dtype="float32"), [], []
+    known = ("step", "forward", "backward", "optimizer", "top-k", "MB", "products")
+    assert sg.measure(cfg).keys() == set(known)
+
+    def measure(cfg):
+        seen.append(cfg)
+        return dict(zip(known, (80, 8, 16, 4, 2, 123, 60)))
+    monkeypatch.setattr(sg, "measure_elsewhere", measure)
+    sg.bench(cfg, lines.append)
+    table = [re.split(r"  +", line) for line in lines[2:]]
+    assert table[0] == ["as given", "80.0", "400", "123", "10%", "20%", "5%", "2%", "75%"]
+    names = dict(width="d_model", threads="threads", context="n_ctx", density="density")
+    for row, at in zip(table[1:], seen[1:], strict=True):
+        name, value = row[0].split()
+        assert getattr(at, names[name]) == pytest.approx(float(value), 1e-4)
+        assert dataclasses.replace(at, **{names[name]: getattr(cfg, names[name])},
+                                   batch_size=cfg.batch_size) == cfg
+
+
 def test_gradcheck_passes_and_can_fail(backend, monkeypatch):
     """The program's own check, on each backend."""
     assert sg.gradcheck(quiet) < 1e-6
@@ -507,20 +528,21 @@ def test_the_threshold_of_long_rows_is_that_of_a_sort(C, share, seed, kind):
 
 
 @given(B=st.integers(1, 2), T=st.integers(1, 9), H=st.integers(1, 3), D=st.integers(1, 3),
-       block=st.integers(1, 10), sink=st.booleans(), seed=SEEDS)
-def test_attention_is_softmax_over_the_past(backend, B, T, H, D, block, sink, seed):
+       block=st.integers(1, 10), sink=st.booleans(), size=st.sampled_from([2, 40]), seed=SEEDS)
+def test_attention_is_softmax_over_the_past(backend, B, T, H, D, block, sink, size, seed):
     """Attention in blocks, and at some rows alone, equals attention written out, query by
-    query."""
+    query, also where exp would overflow without a shift."""
     rng = np.random.default_rng(seed)
-    qkv, logit = 2 * randoms(rng, B * T, 3, H * D), randoms(rng, H)
+    qkv, logit = size * randoms(rng, B * T, 3, H * D), size ** 2 * randoms(rng, H)
     some = np.arange(B) * T + rng.integers(T, size=B)
     out, at = (host(sg.attention(dev(qkv), dev(logit) if sink else None, B, D, rows, block)[0])
                for rows in (None, dev(some)))
     assert np.allclose(at, out[some], 1e-12, 1e-14)
     for b, t, h in np.ndindex(B, T, H):
         q, k, v = qkv[b * T:b * T + t + 1, :, h * D:h * D + D].transpose(1, 0, 2)
-        weights = np.exp(k @ q[-1] / math.sqrt(D))
-        total = weights.sum() + (np.exp(logit[h]) if sink else 0)
+        logits = np.append(k @ q[-1] / math.sqrt(D), logit[h] if sink else -np.inf)
+        weights = np.exp(logits - logits.max())
+        weights, total = weights[:-1], weights.sum()
         assert np.allclose(out[b * T + t, h * D:h * D + D], weights @ v / total, 1e-9, 1e-12)
 
 
