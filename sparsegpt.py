@@ -1348,7 +1348,7 @@ def keep_largest(w, k, j=0, axis=None):
         promote(xp.arange(w.shape[axis]))
     mask = choose()
     while j and xp is np:  # only who is left short is given his: the same result, 3 times as fast
-        short = np.flatnonzero(mask.view(np.uint8).sum(1 - axis, dtype=np.uint16) < j)
+        short = np.flatnonzero(mask.view(np.uint8).sum(1 - axis, dtype=np.uint32) < j)
         if not len(short):
             break
         promote(short)
