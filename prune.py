@@ -799,14 +799,13 @@ def search(problem, progress, seed=0):
 def curve(problem, progress):
     """[(target, cut, (nodes, edges))]: the smallest cut by rank at each target of SWEEP that can be
     reached; every nonzero weight between its nodes counts (the paper's rule). Masks are trained at
-    each of AIMS, and a target takes the best of their rankings. Not asked for: what the full model,
-    calibrated too, does not reach; a mask alone can fit the prompts."""
-    found, every = {}, Cut(np.ones(n_nodes(problem.model.cfg), bool))
-    floor, least = problem.loss(every), full_loss(problem)
+    each of AIMS, and a target takes the best of their rankings. Not asked for: what the full model
+    does not reach by itself, which would take all of it and a calibration."""
+    found, least = {}, full_loss(problem)
     for i, aim in enumerate([aim for aim in AIMS if aim > least] or AIMS[:1]):
         order, tau = learn_masks(problem, *TRIALS[0], [problem.settings.seed, i], progress, aim)
         losses_ = functools.cache(lambda n, order=order: problem.loss(first(order, n)))
-        for target in [target for target in SWEEP if target >= floor]:
+        for target in [target for target in SWEEP if target >= least]:
             cut = bisect(order, lambda c: losses_(int(c.keep.sum())) <= target,
                          int((tau >= 0).sum()))
             if cut is not None:
@@ -1903,12 +1902,24 @@ def compare(studies, settings, folder, workers, log=print):
     log(f"wrote {path} and .html")
 
 
+def kurtosis(model, ids):
+    """How heavy-tailed the normed residual stream before the unembedding is on ids [n, T]: the
+    median over its channels of the fourth moment by the squared second (3 for a Gaussian; paper
+    Figure 10)."""
+    hook = Recorder()
+    sg.forward(model.params, ids, model.cfg, hook)
+    x = sg.to_host(hook.seen["final"]).astype(np.float64)
+    x -= x.mean(0)
+    return float(np.median((x ** 4).mean(0) / (x ** 2).mean(0) ** 2))
+
+
 def about(study):
     """What the comparison says of a model."""
     model, cfg = study.model, study.model.cfg
     val = sg.evaluate(model.params, sg.load_corpus(cfg, quiet).val, cfg, 256)
     return dict(name=cfg.out, model=study.fingerprint, d_model=cfg.d_model, density=cfg.density,
                 afrac=cfg.afrac, loss=sg.mean_loss(val, cfg), **val,
+                kurtosis=kurtosis(model, study.text[:16]),
                 nonzero=sum(int((w != 0).sum()) for name, w in model.params.items()
                             if name in matrices(cfg)))
 
@@ -1916,11 +1927,13 @@ def about(study):
 def comparison(models, rows, target):
     """The tables of `compare`, as text."""
     by = {(row["model"], row["task"]): row for row in rows}
-    ids, out = [m["model"] for m in models], ["", f"{'':<4}{'model':<26} width density  AbsTopK "
-                                             f"nonzero edges  validation loss (code, idioms)"]
+    ids = [m["model"] for m in models]
+    out = ["", f"{'':<4}{'model':<26} width density  AbsTopK nonzero edges  kurtosis  "
+           "validation loss (code, idioms)"]
     for i, m in enumerate(models):
         out.append(f"{chr(65 + i):<4}{m['name']:<26} {m['d_model']:>5} {m['density']:>7.4g} "
-                   f"{m['afrac']:>8.4g} {m['nonzero']:>13,}  {m['loss']:.4f} ({m['code']:.4f}, "
+                   f"{m['afrac']:>8.4g} {m['nonzero']:>13,}  {m['kurtosis']:>8.1f}  "
+                   f"{m['loss']:.4f} ({m['code']:.4f}, "
                    f"{m.get('idioms', math.nan):.4f})")
     low, high = min(m["loss"] for m in models), max(m["loss"] for m in models)
     if high > 1.02 * low:

@@ -2532,7 +2532,7 @@ def test_a_curve_reaches_its_targets_and_only_grows(brief):
         assert problem.loss(cut) <= target and problem.size(cut) == size
     assert points[0][2][1] >= points[1][2][1] >= 6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune, "SWEEP", (0.3, prune.full_loss(problem) / 99))
+        patch.setattr(prune, "SWEEP", (0.3, 0.99 * prune.full_loss(problem)))
         assert [target for target, *_ in prune.curve(problem, prune.Progress("", quiet))] == [0.3]
 
 
