@@ -919,7 +919,7 @@ def on_cores(fn, items, workers):
     Processes, not threads: the arrays are so small that the interpreter's lock would leave a second
     thread nearly nothing to do. One worker, and a GPU, stay in this process.
     """
-    if workers == 1 or sg.xp is not np:
+    if workers == 1 or len(items) < 2 or sg.xp is not np:
         yield from map(fn, items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
@@ -1909,8 +1909,8 @@ def kurtosis(model, ids):
     hook = Recorder()
     sg.forward(model.params, ids, model.cfg, hook)
     x = sg.to_host(hook.seen["final"]).astype(np.float64)
-    x -= x.mean(0)
-    return float(np.median((x ** 4).mean(0) / (x ** 2).mean(0) ** 2))
+    x = (x - x.mean(0))[:, x.std(0) > 0]
+    return float(np.median((x ** 4).mean(0) / (x ** 2).mean(0) ** 2)) if x.size else math.nan
 
 
 def about(study):
@@ -1966,8 +1966,8 @@ def comparison(models, rows, target):
     out += table_of(f"at {target:g}", [("learned masks", "points", target),
                                        ("the same, cleaned", "cleaned", target),
                                        ("attribution", "by_attribution", target)])
-    out += ["edges: geometric means over the tasks that every model reaches; spread: one standard "
-            "deviation of the tasks' ratios, as a factor", "",
+    out += ["edges: geometric means over the tasks that every model reaches, 0 counted as 1; spread: "
+            "one standard deviation of the tasks' ratios, as a factor", "",
             f"{'at ' + format(target, 'g'):<28}" + "".join(
                 f"{'loss ' + c:>9}{'edges':>8}{'cleaned':>8}" for c in "ABCDEFGH"[:len(ids)])]
     for task in tasks.TASKS:
@@ -2049,7 +2049,8 @@ def summarize(folder, rows, points, log):
     done = [r for r in rows if r["status"] == "ok"]
     if done:
         nodes, edges = (geometric_mean(max(1, r[k]) for r in done) for k in ("nodes", "edges"))
-        log(f"{len(done)} circuits; geometric mean {nodes:.1f} nodes, {edges:.1f} edges")
+        log(f"{len(done)} circuits; geometric mean {nodes:.1f} nodes, {edges:.1f} edges (0 counts "
+            "as 1)")
     log("binary losses in nats on the search prompts, held: on held-out ones; without: the full "
         "model less the\ncircuit; random: the best of ten random circuits of the same size; "
         "nonsense, shuffled: edges that\nthe same search needed where it should find nothing")
@@ -2115,7 +2116,8 @@ def make_parser():
     parser.add_argument("--untied", action="store_true",
                         help="a mask for queries and one for keys")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS",
-                        help="about how long a task may take on two cores (default 60)")
+                        help="about how long a task may take on two cores (default 60; from "
+                        "150 on, for the default model, other ways to train the masks are tried)")
     parser.add_argument("--seeds", type=int, default=2,
                         help="searches to compare, from different masks (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and masks (default 0)")

@@ -699,7 +699,7 @@ def kth_in_rows(bits, k):  # [..., C] -> [..., 1]
     part[...] = bits
     if xp is np and C % 512 == 0 and C >= 1024 and 3 * k <= C:
         # NumPy partitions up to 512 numbers within a CPU's vector registers, 4 times faster a
-        # number than 1024: so first the larger half of each 512, which all of the k are in.
+        # number than 1024: so first the larger half of each 512, which mostly all of the k are in.
         pieces = part.reshape(-1, C // 512, 512)
         pieces.partition(255, axis=-1)
         least = kth_in_rows(pieces[..., 256:].reshape(-1, C // 2), k)
@@ -1092,6 +1092,8 @@ def forward(params, ids, cfg, hook=None, at=None):
     are not token ids of a right shape.
     """
     check_ids(ids, cfg)
+    if at is not None and not hasattr(at, "get") and not all(0 <= t < ids.shape[1] for t in at):
+        raise ValueError(f"at must be positions in 0..{ids.shape[1] - 1}, not {at}")
     ids, p, C, cache = xp.asarray(ids), params, cfg.d_model, []
     if at is not None:
         at = xp.arange(len(ids)) * ids.shape[1] + xp.asarray(at)
@@ -1138,7 +1140,7 @@ def backward(dlogits, cache, cfg, grads=None):
 
     dlogits: [B, T, vocab_size], or [B, vocab_size] where `forward` was given positions. grads:
     arrays under the parameters' names, written over; None skips the gradients of weights and only
-    runs the hook's backward (half of the work).
+    runs the hook's backward.
     """
     (cache, current, some), g, C = cache, grads or {}, cfg.d_model
     dy = dlogits.reshape(-1, cfg.vocab_size)
@@ -1326,6 +1328,8 @@ def keep_largest(w, k, j=0, axis=None):
     if j and j * w.shape[axis] > k:
         raise ValueError(f"{k} entries do not hold {j} for each of {w.shape[axis]} neurons")
     bits = as_integers(xp.abs(w, out=empty_like(w)))
+    highest = np.iinfo(bits.dtype).max
+    xp.minimum(bits, highest - 1, out=bits)  # no NaN may rank with what is promoted
 
     def choose():
         least = kth_largest(bits.reshape(-1), k)
@@ -1342,7 +1346,7 @@ def keep_largest(w, k, j=0, axis=None):
         for _ in range(j):
             best = rows.argmax(1)
             rows[each, best] = -1  # so that the next round finds the next
-            bits[(neurons, best) if axis == 0 else (best, neurons)] = np.iinfo(bits.dtype).max
+            bits[(neurons, best) if axis == 0 else (best, neurons)] = highest
 
     if j and xp is not np:  # a GPU is not asked who needs it, which would keep it waiting
         promote(xp.arange(w.shape[axis]))
@@ -1848,7 +1852,8 @@ def synchronize():
 
 
 def products_alone(cfg):
-    """A function that does only the dense matrix products of a step, sharded as in training."""
+    """A function that does only the dense matrix products of a step, sharded as in training, with
+    every score of attention, also those that a step skips as no query sees them."""
     C, V, D, T = cfg.d_model, cfg.vocab_size, cfg.d_head, cfg.n_ctx
     b, rng = max(1, cfg.batch_size // cfg.shards), np.random.default_rng(0)
 
@@ -1874,7 +1879,10 @@ def products_alone(cfg):
 def measure(cfg):
     """{phase: median milliseconds} of a training step at the final density on random tokens, of
     the whole step and of its dense matrix products alone, and "MB", the most memory that this
-    process has held (None where the system does not say), or that a GPU holds."""
+    process has held (None where the system does not say), or that a GPU holds. "backward" is what
+    a gradient takes over a forward pass: also the sum over the shards."""
+    if xp is not np:
+        xp.get_default_memory_pool().free_all_blocks()  # of the config before
     rng, flat = np.random.default_rng(0), init_flat(cfg)
     m, v, params = xp.zeros_like(flat), xp.zeros_like(flat), views(flat, cfg)
     work = xp.empty((cfg.shards, len(flat)), flat.dtype)
@@ -1919,8 +1927,8 @@ def measure_elsewhere(cfg):
 
 def bench(cfg, log=print):
     """Print how fast this machine trains: a config, and how its speed, memory and phases grow with
-    width, threads, context and density, one of them changed at a time. "of products": the rate of
-    the step by the rate of its dense matrix products alone."""
+    width, threads, context and density, one of them changed at a time. "products" is the time of
+    the step's dense matrix products alone by that of the step: see `products_alone`."""
     tokens, cores = cfg.batch_size * cfg.n_ctx, cfg.threads or n_cores()
     rows = [("as given", {})]
     rows += [(f"width {w}", dict(d_model=w)) for w in (64, 128, 256, 512, 1024)
@@ -1933,15 +1941,14 @@ def bench(cfg, log=print):
         f"{cfg.batch_size} x {cfg.n_ctx}, vocabulary {cfg.vocab_size}, density {cfg.density:g}, "
         f"AbsTopK {cfg.afrac:g}, {cores} threads; then one thing changed:")
     log(f"{'':<16}{'ms/step':>9} {'tokens/s':>9} {'MB':>6} {'forward':>8} {'backward':>8} "
-        f"{'optimizer':>9} {'top-k':>6} {'of products':>12}")
-    for name, change in rows:
-        one = dataclasses.replace(cfg, **change)
+        f"{'optimizer':>9} {'top-k':>6} {'products':>9}")
+    for name, one in [(name, dataclasses.replace(cfg, **change)) for name, change in rows]:
         t = measure_elsewhere(one)
         shares = [t[phase] / t["step"] for phase in ("forward", "backward", "optimizer", "top-k")]
         log(f"{name:<16}{t['step']:9.1f} {1e3 * one.batch_size * one.n_ctx / t['step']:9,.0f} "
             + (f"{t['MB']:6.0f}" if t["MB"] else f"{'?':>6}")
             + "{:9.0%}{:9.0%}{:10.0%}{:7.0%}".format(*shares)
-            + f"{t['products'] / t['step']:13.0%}")
+            + f"{t['products'] / t['step']:10.0%}")
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -1955,7 +1962,7 @@ def make_parser():
     """One flag for each Config field, in its groups, and the modes. Flags not given are absent."""
     parser = tasks.Parser(description="Train a weight-sparse transformer, in about 20 minutes.",
                           argument_default=argparse.SUPPRESS)
-    presets = parser.add_argument_group("presets")
+    presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
     presets.add_argument("--dense", action="store_true", help="the dense twin")
     presets.add_argument("--quick", action="store_true", help="a tiny model, all done in seconds")
     modes = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
@@ -1982,7 +1989,7 @@ def configure(given):
     keeps its own."""
     fields = {f.name for f in dataclasses.fields(Config)}
     values = {name: value for name, value in given.items() if name in fields}
-    preset = {**(DENSE if "dense" in given else {}), **(QUICK if "quick" in given else {})}
+    preset = DENSE if "dense" in given else QUICK if "quick" in given else {}
     if "resume" not in given:
         return Config(**{**preset, **values})
     path = partial_path(values.get("out", preset.get("out", Config.out)))

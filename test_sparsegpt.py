@@ -592,6 +592,14 @@ def test_wrong_ids_raise_value_error(ids):
             call()
 
 
+@pytest.mark.parametrize("at", [[0, -1], [8, 0]])
+def test_positions_outside_the_prompts_raise_value_error(at):
+    """A position of -1 would be read from the row before."""
+    cfg = tiny()
+    with pytest.raises(ValueError, match="at must be"):
+        sg.forward(sg.init_params(cfg), np.zeros((2, 8), int), cfg, at=at)
+
+
 # ---- hooks --------------------------------------------------------------------------------------
 
 PLACES = "attn_in q k v attn_out mlp_in neuron mlp_out".split()
@@ -743,6 +751,14 @@ def test_keep_largest_keeps_exactly_k_of_equal_weights(backend):
         w = dev(np.full((5, 7), -3.0))
         sg.keep_largest(w, k)
         assert np.flatnonzero(host(w)).tolist() == list(range(k))
+
+
+def test_keep_largest_ends_on_weights_that_are_not_finite():
+    """Not even NaNs of the highest bits stand in the way of the j of a neuron."""
+    w = np.ones((4, 3), np.float32)
+    w[:, 0] = np.array([0x7FFFFFFF], np.int32).view(np.float32)
+    sg.keep_largest(w, 3, 1, 1)
+    assert ((w != 0).sum(0) >= 1).all()
 
 
 def test_keep_largest_refuses_fewer_than_j_for_each_neuron(backend):
@@ -1533,7 +1549,7 @@ def files():
     ("--resume --out none.npz", "no unfinished run"), ("--resume --lr 0.5 --out run.npz", "--lr"),
     ("--resume --out cut.npz", "cut.npz.partial"), ("--out run.npz", "unfinished run"),
     ("--out short.txt", "no checkpoint"), ("--data prose.txt,,", "empty path"),
-    ("--sample x --bench", "not allowed with")])
+    ("--sample x --bench", "not allowed with"), ("--dense --quick", "not allowed with")])
 def test_wrong_input_is_one_line_and_status_two(line, said, prose, capsys):
     """No traceback, nothing written over, and the line names what is wrong."""
     whole = checkpoint_bytes()
@@ -2534,6 +2550,11 @@ def test_a_curve_reaches_its_targets_and_only_grows(brief):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prune, "SWEEP", (0.3, 0.99 * prune.full_loss(problem)))
         assert [target for target, *_ in prune.curve(problem, prune.Progress("", quiet))] == [0.3]
+
+
+def test_nothing_is_done_by_no_worker():
+    """A second run with every item finished asks for none."""
+    assert list(prune.on_cores(abs, [], 2)) == []
 
 
 def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys):
