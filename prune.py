@@ -357,8 +357,8 @@ class Whole:
 
 class Compact(Whole):
     """The same numbers, to rounding, from the kept rows and columns alone: what it costs to try a
-    cut. Forty times as fast on a circuit of 31 nodes of 5,888. A cut that is like an earlier one up
-    to some step (a block's attention, or its MLP) is run from there: trials differ in one place."""
+    cut. 34 times as fast on a circuit of 21 nodes of 5,888. A cut that is like an earlier one up to
+    some step (a block's attention, or its MLP) is run from there: trials differ in one place."""
 
     def __init__(self, model, fill, prompts):
         super().__init__(model, fill, prompts)
@@ -1966,8 +1966,8 @@ def comparison(models, rows, target):
     out += table_of(f"at {target:g}", [("learned masks", "points", target),
                                        ("the same, cleaned", "cleaned", target),
                                        ("attribution", "by_attribution", target)])
-    out += ["edges: geometric means over the tasks that every model reaches, 0 counted as 1; spread: "
-            "one standard deviation of the tasks' ratios, as a factor", "",
+    out += ["edges: geometric means over the tasks that every model reaches, 0 counted as 1; "
+            "spread: one standard deviation of the tasks' ratios, as a factor", "",
             f"{'at ' + format(target, 'g'):<28}" + "".join(
                 f"{'loss ' + c:>9}{'edges':>8}{'cleaned':>8}" for c in "ABCDEFGH"[:len(ids)])]
     for task in tasks.TASKS:

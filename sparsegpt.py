@@ -889,7 +889,7 @@ def exponentials(e, mask, sink, limit=40):  # [B, H, t, s], [t, n] or [B, 1, 1, 
     and that part's share, or None.
 
     The shift, the row's largest logit, is there to keep exp from overflow. Where all logits are
-    within the limit there is none, which saves a fifth of the attention.
+    within the limit there is none, which saves a quarter of the forward pass of attention.
     """
     B, H, t, s = e.shape
     if fused() and e.dtype == np.float32 and mask.ndim == 2:
@@ -1302,7 +1302,7 @@ def kth_largest(bits, k):
     """The k-th largest of a flat array of non-negative integers."""
     if fused() and bits.dtype == np.int32:
         return kth_by_digits(bits, k)
-    if xp is np and len(bits) > 4096:  # only those near it, by a sample: 4 to 8 times as fast
+    if xp is np and len(bits) > 4096:  # only those near it, by a sample: 2.5 to 7 times as fast
         sample = np.sort(bits[::64])
         rank = len(sample) - k / 64
         off = 4 * math.sqrt(k / 64) + 2  # four standard deviations
@@ -1351,7 +1351,7 @@ def keep_largest(w, k, j=0, axis=None):
     if j and xp is not np:  # a GPU is not asked who needs it, which would keep it waiting
         promote(xp.arange(w.shape[axis]))
     mask = choose()
-    while j and xp is np:  # only who is left short is given his: the same result, 3 times as fast
+    while j and xp is np:  # only neurons left short are given theirs: up to twice as fast
         short = np.flatnonzero(mask.view(np.uint8).sum(1 - axis, dtype=np.uint32) < j)
         if not len(short):
             break
@@ -1953,7 +1953,8 @@ def bench(cfg, log=print):
 
 # ---- command line -------------------------------------------------------------------------------
 
-DENSE = dict(density=1.0, lr=0.0028, out="out/dense.npz")  # the sparse run's rate at its start
+# A dense model that ends at the validation loss of the sparse default, within 1 %.
+DENSE = dict(d_model=128, density=1.0, lr=0.005, out="out/dense.npz")
 QUICK = dict(n_layer=1, d_model=64, density=1 / 8, afrac=1.0, steps=1000, max_mb=0.3,
              out="out/quick.npz")
 
