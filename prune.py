@@ -466,15 +466,17 @@ class Compact(Whole):
         b2 = p[h + "attn.bo"][columns] + v_fill[vs] @ (wo[vs] - w2)
         left = np.where(keep[2], 0, v_fill)[:, None] * wo
         left = left.reshape(len(alive), D, len(columns)).sum(1)
-        if cfg.sink:  # n equal logits against the sink's: heads without a kept node
+        table = p.get(h + "attn.distance")
+        if cfg.sink:  # keys that differ in distance alone against the sink: heads without a node
             q, k_fill = (fill[at[h + x]].reshape(-1, D)[others] for x in "qk")
-            n = np.arange(1, cfg.n_ctx + 1)[:, None]
-            sink = p[h + "attn.sink"]
+            n = np.ones((cfg.n_ctx, 1)) if table is None else np.exp(table[others].T)
+            n, sink = n.cumsum(0), p[h + "attn.sink"]
             share = n / (n + np.exp(sink[others] - (q * k_fill).sum(1) / math.sqrt(D)))
             b2 = (b2 + share @ left[others]).astype(w2.dtype)
         else:
             b2 = np.tile(b2 + left.sum(0), (cfg.n_ctx, 1))
         sink = xp.asarray(sink[heads]) if cfg.sink else None
+        table = None if table is None else xp.asarray(table[heads])
         ins, columns, w2, b2, left = (xp.asarray(a) for a in (ins, columns, w2, b2, left[heads]))
         among = [xp.asarray(np.flatnonzero(kept[channels])) for kept in keep]
 
@@ -492,7 +494,7 @@ class Compact(Whole):
                 for place, some in enumerate(among):
                     if len(some) > k:
                         a[:, place, some] = sg.abstopk(a[:, place, some], k)[0]
-                z, cache = sg.attention(a, sink, B, D, ends if final else None)
+                z, cache = sg.attention(a, sink, table, B, D, ends if final else None)
                 y += z[:, among[2]] @ w2
                 if cfg.sink:
                     share = 1 - xp.concatenate([to_sink for *_, to_sink in cache[-1]], axis=2)
@@ -715,7 +717,7 @@ def orphans(cut, model, prompts):
     edges, D = kept_edges(cut, model.params, cfg), cfg.d_head
     wte = sg.to_host(model.params["wte"])[np.unique(prompts.ids)]
     live = (wte != 0).any(0)
-    if cfg.positions:
+    if cfg.positions == "learned":
         live |= (sg.to_host(model.params["wpe"]) != 0).any(0)
     fed, order = np.zeros_like(cut.keep), [m for m in matrices(cfg)]
     for name in order:  # forward: what can depend on a token
@@ -1063,15 +1065,17 @@ def check_seeds(found, cut, model):
                  + " (passes from 50%)", overlap=min(nodes, default=0.0))
 
 
-def attention_weights(q, k, sink, B, d_head):
+def attention_weights(q, k, sink, table, B, d_head):
     """Causal softmax of query and key nodes: [B, H, T, T + 1], the sink's share last. q, k:
-    [B*T, C] on the host."""
+    [B*T, C] on the host; sink [H] and table [H, n_ctx] or None, as in `sparsegpt.attention`."""
     q, k = (sg.split_heads(x.astype(np.float64), B, d_head) for x in (q, k))
     logits = q @ k.swapaxes(2, 3) / math.sqrt(d_head)
+    if table is not None:
+        logits += sg.to_host(sg.distance_logits(table, logits.shape[2]))
     logits += np.triu(np.full(logits.shape[-2:], -np.inf), 1)
     last = np.full_like(logits[..., :1], -np.inf)
     if sink is not None:
-        last[...] = sink[:, None, None]
+        last[...] = sg.to_host(sink)[:, None, None]
     logits = np.concatenate([logits, last], axis=3)
     e = np.exp(logits - logits.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
@@ -1093,9 +1097,8 @@ def patterns(model, params, hook, ids, heads):
     out = {}
     for i in {i for i, _ in heads}:
         q, k = (sg.to_host(record.seen[f"h{i}.{x}"]) for x in "qk")
-        sink = params.get(f"h{i}.attn.sink")
-        weights = attention_weights(q, k, None if sink is None else sg.to_host(sink), len(ids),
-                                    cfg.d_head)
+        weights = attention_weights(q, k, params.get(f"h{i}.attn.sink"),
+                                    params.get(f"h{i}.attn.distance"), len(ids), cfg.d_head)
         out |= {(i, head): weights[:, head] for block, head in heads if block == i}
     return out
 
@@ -1305,9 +1308,11 @@ def head_readings(model, cut, fill, pair, heads, overlap):
             to = [["sink" if t == len(w) - 1 else shown[t], round(float(w[t]), 3)]
                   for t in np.argsort(-w, kind="stable")[:4] if w[t] >= 0.01]
             attends.append(dict(context="".join(shown[1:]), at=shown[-1], to=to))
-        sink = model.params.get(f"h{i}.attn.sink")
+        sink, table = (model.params.get(f"h{i}.attn.{x}") for x in ("sink", "distance"))
+        far = np.zeros(0) if table is None else sg.to_host(table[head])[:pair.ids.shape[1]]
         out.append(dict(name=f"h{i}.head.{head}", nodes=names, attends=attends,
                         sink=None if sink is None else float(sink[head]),
+                        distances=[[int(d), float(far[d])] for d in np.argsort(-far)[:3]],
                         overlap=overlap[i, head]))
     return out
 
@@ -1356,8 +1361,9 @@ def listing(circuit):
         if (head := heads.get(name)) and head["name"] not in said:
             said.add(head["name"])
             sink = "none" if head["sink"] is None else f"{head['sink']:+.2f}"
-            add(f"\n{head['name']}  sink {sink}, pattern {head['overlap']:.0%} that of the full "
-                "model")
+            add(f"\n{head['name']}  sink {sink}, " + "".join(
+                f"{d} back {x:+.2f}, " for d, x in head["distances"])
+                + f"pattern {head['overlap']:.0%} that of the full model")
             for a in head["attends"]:
                 add(f"    at the end of {a['context']}  attends to "
                     + ", ".join(f"{t} {w:.2f}" for t, w in a["to"]))
@@ -1741,8 +1747,9 @@ def page(record):
         table("Checks", ["", "passed", ""], [
             [plain(c["name"]), {True: "✓", False: "✗", None: "–"}[c["passed"]],
              plain(c["text"])] for c in record["checks"]], "text"),
-        table("Heads", ["", "nodes", "sink", "looks from … at", "overlap with the full model"], [
+        table("Heads", ["", "nodes", "sink", "logits by distance", "looks from … at", "overlap with the full model"], [
             [plain(h["name"]), "<br>".join(map(plain, h["nodes"])), plain(h["sink"]), "<br>".join(
+                f"{d} back {x:+.2f}" for d, x in h["distances"]), "<br>".join(
                 marked(e["context"].removesuffix(e["at"]), e["at"], "→ ") + ", ".join(
                     f"<code>{visible(token)}</code> {plain(p)}" for token, p in e["to"])
                 for e in h["attends"]), plain(h["overlap"])] for h in record["heads"]], "text"),
@@ -1841,10 +1848,11 @@ def summary_page(rows, points):
 
 def compare_one(studies, settings, job):
     """What one model does with one task, job being (number of its Study, task): its `curve`, the
-    same by attribution, and its circuit at the settings' target, cleaned."""
+    same by attribution, and at the settings' target its circuit cleaned and the full model's loss
+    without just the circuit's nodes, or as many random ones (paper Figure 32)."""
     study, task = studies[job[0]], job[1]
     row = dict(model=study.fingerprint, task=task, full=None, points=[], by_attribution=[],
-               cleaned=None)
+               cleaned=None, without=None, random=None)
     try:
         problem = Problem(study.model, study.fill, task, settings)
     except CannotPrune:
@@ -1863,6 +1871,8 @@ def compare_one(studies, settings, job):
         if target == settings.target:
             last = clean(problem, cut, lambda *_: None, progress)[0]
             row["cleaned"] = dict(zip(("nodes", "edges"), problem.size(last)))
+            needed = check_necessity(problem, cut)
+            row |= {"without": needed["loss"], "random": needed["random"]}
     return row
 
 
@@ -1890,12 +1900,13 @@ def compare(studies, settings, folder, workers, log=print):
         left = (time.perf_counter() - began) / n * (len(jobs) - n)
         log(f"{n:>3} of {len(jobs)}  {studies[prints.index(row['model'])].model.cfg.out:<20} "
             f"{row['task']:<27} {at.get(settings.target, 'no')} edges; {sg.clock(left)} left")
-    models = [about(study) for study in studies]
-    write_text(path, json.dumps({**head, "models": models, "rows": rows}))
-    text = comparison(models, rows, settings.target)
+    kinds = by_kind([about(study) for study in studies])
+    write_text(path, json.dumps({**head, "models": sum(kinds, []), "rows": rows}))
+    text = comparison(kinds, rows, settings.target)
     log(text)
-    curves = {m["name"]: [p for row in rows if row["model"] == m["model"] for p in row["points"]]
-              for m in models}
+    curves = {kind[0]["name"]: [dict(p, task=f"{p['task']} {i or ''}") for i, m in enumerate(kind)
+                                for row in rows if row["model"] == m["model"]
+                                for p in row["points"]] for kind in kinds}
     write_text(path.with_suffix(".html"), document(
         "Circuits compared", "Edges: nonzero weights between two kept nodes, before cleaning.",
         plot(curves) if all(curves.values()) else "", f"<pre>{html.escape(text)}</pre>"))
@@ -1917,27 +1928,51 @@ def about(study):
     """What the comparison says of a model."""
     model, cfg = study.model, study.model.cfg
     val = sg.evaluate(model.params, sg.load_corpus(cfg, quiet).val, cfg, 256)
-    return dict(name=cfg.out, model=study.fingerprint, d_model=cfg.d_model, density=cfg.density,
-                afrac=cfg.afrac, loss=sg.mean_loss(val, cfg), **val,
+    return dict(name=cfg.out, model=study.fingerprint, kind=kind_of(cfg), seed=cfg.seed,
+                d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=sg.mean_loss(val, cfg), **val,
                 kurtosis=kurtosis(model, study.text[:16]),
                 nonzero=sum(int((w != 0).sum()) for name, w in model.params.items()
                             if name in matrices(cfg)))
 
 
-def comparison(models, rows, target):
-    """The tables of `compare`, as text."""
+def kind_of(cfg):
+    """What models that differ in nothing but their seed share."""
+    return json.dumps({**dataclasses.asdict(cfg), "seed": 0, "threads": 0, "out": ""})
+
+
+def by_kind(models):
+    """The dicts of `about` in lists of one kind, the first seed of each kind first; a model that is
+    given twice begins another list."""
+    out = []
+    for m in models:
+        home = next((kind for kind in out if kind[0]["kind"] == m["kind"]
+                     and m["seed"] not in [other["seed"] for other in kind]), None)
+        if home is None:
+            out.append(home := [])
+        home.append(m)
+    return [sorted(kind, key=lambda m: m["seed"]) for kind in out]
+
+
+def comparison(kinds, rows, target):
+    """The tables of `compare`, as text: kinds of models against each other, pooled over seeds."""
     by = {(row["model"], row["task"]): row for row in rows}
-    ids = [m["model"] for m in models]
+    letters, runs = "ABCDEFGH"[:len(kinds)], list(zip(*kinds))  # a run is one model of each kind
     out = ["", f"{'':<4}{'model':<26} width density  AbsTopK nonzero edges  kurtosis  "
            "validation loss (code, idioms)"]
-    for i, m in enumerate(models):
-        out.append(f"{chr(65 + i):<4}{m['name']:<26} {m['d_model']:>5} {m['density']:>7.4g} "
-                   f"{m['afrac']:>8.4g} {m['nonzero']:>13,}  {m['kurtosis']:>8.1f}  "
-                   f"{m['loss']:.4f} ({m['code']:.4f}, "
-                   f"{m.get('idioms', math.nan):.4f})")
-    low, high = min(m["loss"] for m in models), max(m["loss"] for m in models)
-    if high > 1.02 * low:
-        out.append(f"WARNING: the losses differ by {high / low - 1:.1%}: over 2 % is no fair pair")
+    for letter, kind in zip(letters, kinds):
+        for m in kind:
+            out.append(f"{letter:<4}{m['name']:<26} {m['d_model']:>5} {m['density']:>7.4g} "
+                       f"{m['afrac']:>8.4g} {m['nonzero']:>13,}  {m['kurtosis']:>8.1f}  "
+                       f"{m['loss']:.4f} ({m['code']:.4f}, {m.get('idioms', math.nan):.4f})")
+    for run in runs:
+        low, high = min(m["loss"] for m in run), max(m["loss"] for m in run)
+        if high > 1.02 * low:
+            out.append(f"WARNING: the losses of {', '.join(m['name'] for m in run)} differ by "
+                       f"{high / low - 1:.1%}: over 2 % is no fair pair")
+
+    def row_of(m, task):
+        return by.get((m["model"], task), dict(full=None, points=[], by_attribution=[],
+                                               cleaned=None, without=None, random=None))
 
     def pick(row, kind, at=target):
         if kind == "cleaned":
@@ -1945,39 +1980,56 @@ def comparison(models, rows, target):
         return next((p["edges"] for p in row[kind] if p["target"] == at), None)
 
     def table_of(title, choices):
-        """Lines of geometric means over the tasks that all models have, one a choice."""
+        """Lines of geometric means over the tasks that all models of a run have, one a choice."""
         lines = ["", f"{title:<22} tasks" + "".join(
-            f"{'edges ' + chr(65 + i):>10}" for i in range(len(ids))) + "".join(
-            f"{'A/' + chr(65 + i):>8} (spread)" for i in range(1, len(ids)))]
+            f"{'edges ' + c:>10}" for c in letters) + "".join(
+            f"{'A/' + c:>8} (spread)" + "  by seed" * (len(runs) > 1) for c in letters[1:])]
         for label, kind, at in choices:
-            edges = [[pick(by[i, task], kind, at) for i in ids] for task in tasks.TASKS
-                     if all((i, task) in by for i in ids)]
-            logs = np.log([[max(1, n) for n in line] for line in edges if None not in line])
-            if not len(logs):
+            edges = [[[pick(row_of(m, task), kind, at) for m in run] for task in tasks.TASKS]
+                     for run in runs]
+            logs = [np.log([[max(1, n) for n in line] for line in run if None not in line])
+                    .reshape(-1, len(kinds)) for run in edges]
+            every = np.concatenate(logs)
+            if not len(every):
                 continue
-            ratios = logs[:, :1] - logs[:, 1:]
-            lines.append(f"{label:<22} {len(logs):>5}" + "".join(
-                f"{x:>10.1f}" for x in np.exp(logs.mean(0))) + "".join(
-                f"{x:>8.2f} (x/ {y:.2f})" for x, y in zip(np.exp(ratios.mean(0)),
-                                                         np.exp(ratios.std(0)))))
+            line = f"{label:<22} {len(every):>5}" + "".join(
+                f"{x:>10.1f}" for x in np.exp(every.mean(0)))
+            for i in range(1, len(kinds)):
+                ratio = every[:, 0] - every[:, i]
+                line += f"{np.exp(ratio.mean()):>8.2f} (x/ {np.exp(ratio.std()):.2f})"
+                if len(runs) > 1:
+                    line += "  " + " ".join(f"{np.exp((x[:, 0] - x[:, i]).mean()):.2f}"
+                                            if len(x) else "-" for x in logs)
+            lines.append(line)
         return lines
 
     out += table_of("target", [(f"{t:g}", "points", t) for t in SWEEP])
     out += table_of(f"at {target:g}", [("learned masks", "points", target),
                                        ("the same, cleaned", "cleaned", target),
                                        ("attribution", "by_attribution", target)])
-    out += ["edges: geometric means over the tasks that every model reaches, 0 counted as 1; "
-            "spread: one standard deviation of the tasks' ratios, as a factor", "",
+    out += ["edges: geometric means over the tasks (of every seed) that every model reaches, 0 "
+            "counted as 1; spread: one standard deviation of their ratios, as a factor", "",
             f"{'at ' + format(target, 'g'):<28}" + "".join(
-                f"{'loss ' + c:>9}{'edges':>8}{'cleaned':>8}" for c in "ABCDEFGH"[:len(ids)])]
+                f"{'loss ' + c:>{9 if len(runs) == 1 else 18}}{'edges':>{8 * len(runs)}}"
+                f"{'cleaned':>{8 * len(runs)}}" for c in letters)]
     for task in tasks.TASKS:
         line = f"{task:<28}"
-        for i in ids:
-            row = by.get((i, task), dict(full=None, points=[], cleaned=None))
-            full = "-" if row["full"] is None else f"{row['full']:.3f}"
-            cells = [pick(row, kind) for kind in ("points", "cleaned")]
-            line += f"{full:>9}" + "".join(f"{'-' if n is None else n:>8}" for n in cells)
+        for kind in kinds:
+            of = [row_of(m, task) for m in kind]
+            full = "/".join("-" if row["full"] is None else f"{row['full']:.3f}" for row in of)
+            line += f"{full:>{9 if len(runs) == 1 else 18}}"
+            for which in ("points", "cleaned"):
+                edges = (pick(row, which) for row in of)
+                text = "/".join("-" if n is None else str(n) for n in edges)
+                line += f"{text:>{8 * len(runs)}}"
         out.append(line)
+    out += ["", f"{'only the circuit ablated':<26} tasks   loss   as many random nodes"]
+    for letter, kind in zip(letters, kinds):
+        losses = [(row["without"], row["random"]) for m in kind for task in tasks.TASKS
+                  if (row := row_of(m, task))["without"] is not None]
+        if losses:
+            out.append(f"{letter:<26} {len(losses):>5} {np.mean(losses, 0)[0]:>6.3f} "
+                       f"{np.mean(losses, 0)[1]:>9.3f}")
     return "\n".join(out)
 
 
@@ -2222,6 +2274,10 @@ def run_compare(args, settings):
     models = [load_model(path) for path in args.compare]
     if any(m.tok.merges != models[0].tok.merges for m in models):
         raise sg.UserError("--compare: the models have different tokenizers")
+    kinds = Counter(kind_of(m.cfg) for m in models)
+    if len(kinds) > 1 and len(set(kinds.values())) > 1:
+        raise sg.UserError("--compare: give as many seeds of each model; of these there are "
+                           + " and ".join(map(str, kinds.values())))
     check_folder(args.out, ["compare"])
     compare([Study(m, settings.ablation) for m in models], settings, args.out,
             models[0].cfg.threads or sg.n_cores())

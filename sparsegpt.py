@@ -17,8 +17,8 @@ named views of it. Zeros are multiplied like any number: sparsity is for reading
 Departures from the paper, on purpose: q, k and v share one matrix and the gradient is always
 divided by its RMS, as in the release; RMSNorm has no gains (they fold into the next matrix); the
 sizes are a laptop's and the tokenizer has 512 tokens, learned on the spot. AbsTopK's share falls
-from 1 to --afrac as the density falls; positions are learned and weight decay is lower, because
-more was learned so.
+from 1 to --afrac as the density falls; a head may prefer a distance, in place of no positions at
+all; training is sparse for longer and weight decay is lower: more was learned so.
 """
 import argparse
 import ctypes
@@ -58,7 +58,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-FORMAT = "sparsegpt-1"  # the version of the checkpoint format
+FORMAT = "sparsegpt-2"  # the version of the checkpoint format
 
 
 # ---- backend: NumPy or CuPy, threads, recycled memory -------------------------------------------
@@ -247,7 +247,8 @@ class Config:
     vocab_size: int = flag(512, "model", "tokens: 256 bytes, a separator and learned merges")
     act: str = flag("gelu", "model", "activation of the MLP", choices=("gelu", "relu"))
     afrac: float = flag(1 / 4, "model", "share of channels AbsTopK keeps at each place; 1: all")
-    positions: bool = flag(True, "model", "learned absolute positions")
+    positions: str = flag("relative", "model", "a logit per head and distance, learned absolute "
+                          "positions, or none", choices=("relative", "learned", "none"))
     sink: bool = flag(True, "model", "a learned attention sink per head")
     bigram: bool = flag(True, "model", "a dense table of logits by the current token")
 
@@ -831,9 +832,27 @@ def split_heads(x, B, d_head):  # [B*T, C] -> a view [B, H, T, D]
     return x.reshape(B, len(x) // B, -1, d_head).transpose(0, 2, 1, 3)
 
 
-def attention(qkv, sink, B, d_head, at=None, block=64):  # [B*T, 3, C], [H] or None -> [B*T, C]
-    """Causal softmax attention; `sink` is a logit per head that joins the denominator only (paper
-    A.1). at: [B], a row of each sequence: the output [B, C] there alone.
+def distance_logits(table, T):  # [H, n_ctx] -> [H, T, T]
+    """table[h, t - s] for query t and key s: what head h adds to the logit of a key so many tokens
+    back (the relative positions of Raffel et al., 2020, section 2.1, without buckets)."""
+    t = xp.arange(T)
+    return xp.take(table, xp.maximum(t[:, None] - t, 0), axis=1)
+
+
+def distance_logits_backward(dout, dtable):  # dout is 0 where a key comes after its query
+    H, T, _ = dout.shape
+    rows = xp.zeros((H, T, 2 * T), dout.dtype)
+    rows[:, :, :T] = dout[:, :, ::-1]
+    # Cut into rows one shorter, each comes to stand one further right: equal distances in a column.
+    rows = rows.reshape(H, -1)[:, :T * (2 * T - 1)].reshape(H, T, 2 * T - 1)
+    xp.sum(rows[:, :, T - 1:], axis=1, out=dtable[:, :T])
+    dtable[:, T:] = 0
+
+
+def attention(qkv, sink, table, B, d_head, at=None, block=64):  # [B*T, 3, C] -> [B*T, C]
+    """Causal softmax attention. sink: [H], a logit per head that joins the denominator only (paper
+    A.1), or None; table: see `distance_logits`, or None. at: [B], a row of each sequence: the
+    output [B, C] there alone.
 
     Queries go in blocks, each over just the keys up to its end, which skips nearly half of the
     products. The softmax is never divided out on the T x T weights but on the far smaller output.
@@ -845,12 +864,16 @@ def attention(qkv, sink, B, d_head, at=None, block=64):  # [B*T, 3, C], [H] or N
     q, k, v, heads = (split_heads(a, B, d_head) for a in (q, qkv[:, 1], qkv[:, 2], out))
     # Scaled keys as columns, laid out so: the products with them run 1.5 times as fast.
     keys = xp.multiply(k.swapaxes(2, 3), 1 / math.sqrt(d_head), out=empty_like(k.swapaxes(2, 3)))
-    blocks = []
+    blocks, far = [], None if table is None else distance_logits(table, T)
+    if table is not None and at is not None:
+        far = far[:, at % T].swapaxes(0, 1)[:, :, None]  # [B, H, 1, T]
     for i in range(0, q.shape[2], block):
         j = min(q.shape[2], i + block)
         end = j if at is None else T
         e = xp.matmul(q[:, :, i:j], keys[..., :end],
                       out=empty((B, C // d_head, j - i, end), out.dtype))  # logits
+        if table is not None:
+            e += far if at is not None else far[:, i:j, :end]
         if at is None:
             mask = causal_mask(j - i, e.dtype)
         else:
@@ -917,7 +940,7 @@ def exponentials(e, mask, sink, limit=40):  # [B, H, t, s], [t, n] or [B, 1, 1, 
     return total, own / total
 
 
-def attention_backward(dout, cache, dsink=None):
+def attention_backward(dout, cache, dsink=None, dtable=None):
     q, keys, v, heads, at, blocks = cache
     B, H, T, D = v.shape
     dqkv = empty((B * T, 3, H * D), dout.dtype)
@@ -927,6 +950,7 @@ def attention_backward(dout, cache, dsink=None):
     dheads = split_heads(dout, B, D)
     if dsink is not None:
         dsink[...] = 0
+    dfar = None if dtable is None else xp.zeros((H, T, T), dout.dtype)
     values = empty((B, H, D + 1, T), dout.dtype)  # as columns; the -1 below them subtracts `along`
     values[:, :, :D], values[:, :, D] = v.swapaxes(2, 3), -1
     for i, j, end, e, total, to_sink in reversed(blocks):
@@ -938,6 +962,12 @@ def attention_backward(dout, cache, dsink=None):
             dsink -= xp.einsum("bhts,bhts,bhts->h", along, to_sink, total)
         ds = xp.matmul(both, values[..., :end], out=empty_like(e))
         ds *= e  # the gradient by the logits
+        if dtable is not None and at is None:  # over the batch, twice as fast as .sum(0)
+            over = xp.matmul(xp.ones(B, ds.dtype), ds.reshape(B, -1))
+            dfar[:, i:j, :end] = over.reshape(H, j - i, end)
+        elif dtable is not None:
+            for b, t in enumerate(at % T):
+                dfar[:, t] += ds[b, :, 0]
         for grad, left, right in ((dv, e, do), (dk, ds, q[:, :, i:j])):
             left = left.swapaxes(2, 3)
             if end == T:  # the last block comes first and reaches every key: it writes, others add
@@ -945,6 +975,8 @@ def attention_backward(dout, cache, dsink=None):
             else:
                 grad[:, :, :end] += xp.matmul(left, right, out=empty((B, H, end, D), e.dtype))
         xp.matmul(ds, keys[..., :end].swapaxes(2, 3), out=dq[:, :, i:j])
+    if dtable is not None:
+        distance_logits_backward(dfar, dtable)
     if at is not None:
         dqkv[:, 0] = 0
         dqkv[at, 0] = dq.reshape(B, -1)
@@ -980,13 +1012,15 @@ def shapes(cfg):
     """{name: shape} of every parameter, in the order of the flat buffer. Matrices are [in,
     out]."""
     C, V, out = cfg.d_model, cfg.vocab_size, {"wte": (cfg.vocab_size, cfg.d_model)}
-    if cfg.positions:
+    if cfg.positions == "learned":
         out["wpe"] = (cfg.n_ctx, C)
     for i in range(cfg.n_layer):
         h = f"h{i}."
         out |= {h + "attn.wqkv": (C, 3 * C), h + "attn.bqkv": (3 * C,)}
         if cfg.sink:
             out[h + "attn.sink"] = (C // cfg.d_head,)
+        if cfg.positions == "relative":
+            out[h + "attn.distance"] = (C // cfg.d_head, cfg.n_ctx)
         out |= {h + "attn.wo": (C, C), h + "attn.bo": (C,), h + "mlp.wfc": (C, 4 * C),
                 h + "mlp.bfc": (4 * C,), h + "mlp.wproj": (4 * C, C), h + "mlp.bproj": (C,)}
     out |= {"head.w": (C, V), "head.b": (V,)}
@@ -1110,8 +1144,8 @@ def forward(params, ids, cfg, hook=None, at=None):
         y = put(linear(y, p[h + "attn.wqkv"], p[h + "attn.bqkv"]))
         y = put(node(y, cfg.k(C), hook, h + "q", h + "k", h + "v"))
         rows = at if i == cfg.n_layer - 1 else None
-        y = put(attention(y.reshape(len(y), 3, C), p.get(h + "attn.sink"), len(ids), cfg.d_head,
-                          rows))
+        y = put(attention(y.reshape(len(y), 3, C), p.get(h + "attn.sink"),
+                          p.get(h + "attn.distance"), len(ids), cfg.d_head, rows))
         if rows is not None:
             x = put(take_rows(x, rows))
         y = put(linear(y, p[h + "attn.wo"], p[h + "attn.bo"]))
@@ -1162,7 +1196,8 @@ def backward(dlogits, cache, cfg, grads=None):
         dy = linear_backward(dy, cache.pop(), g.get(h + "attn.wo"), g.get(h + "attn.bo"))
         if some and i == cfg.n_layer - 1:
             dx = take_rows_backward(dx, cache.pop())
-        dy = attention_backward(dy, cache.pop(), g.get(h + "attn.sink")).reshape(-1, 3 * C)
+        dy = attention_backward(dy, cache.pop(), g.get(h + "attn.sink"),
+                                g.get(h + "attn.distance")).reshape(-1, 3 * C)
         dy = node_backward(dy, cache.pop())
         dy = linear_backward(dy, cache.pop(), g.get(h + "attn.wqkv"), g.get(h + "attn.bqkv"))
         dy = node_backward(dy, cache.pop())
@@ -1803,10 +1838,10 @@ def report(model, log=print):
 
 def gradcheck(log=print):
     """Print each parameter's analytic and numeric derivative along a random direction, in float64,
-    for a tiny model: AbsTopK, sinks, positions, bigram table and two query blocks. Returns the
+    for a tiny model: AbsTopK, sinks, distances, bigram table and two query blocks. Returns the
     largest relative error."""
     cfg = Config(d_model=32, n_layer=2, d_head=8, n_ctx=80, vocab_size=300, batch_size=3,
-                 afrac=0.25, positions=True, dtype="float64", threads=1)
+                 afrac=0.25, dtype="float64", threads=1)
     rng, flat = np.random.default_rng(2), init_flat(cfg)  # with a seed at which no kept set changes
     flat += xp.asarray(0.3 * rng.standard_normal(len(flat)))  # gradients well above rounding
     ids = rng.integers(0, cfg.vocab_size, (3, cfg.n_ctx + 1))
