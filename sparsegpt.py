@@ -241,29 +241,29 @@ def flag(default, group, text, **more):
 class Config:
     """Everything that decides a run. Raises UserError on a value out of range."""
     n_layer: int = flag(2, "model", "blocks of attention and MLP")
-    d_model: int = flag(256, "model", "width of the residual stream")
+    d_model: int = flag(128, "model", "width of the residual stream")
     d_head: int = flag(16, "model", "width of an attention head")
     n_ctx: int = flag(128, "model", "context length in tokens")
     vocab_size: int = flag(512, "model", "tokens: 256 bytes, a separator and learned merges")
     act: str = flag("gelu", "model", "activation of the MLP", choices=("gelu", "relu"))
-    afrac: float = flag(1 / 4, "model", "share of channels AbsTopK keeps at each place; 1: all")
+    afrac: float = flag(1 / 2, "model", "share of channels AbsTopK keeps at each place; 1: all")
     positions: str = flag("relative", "model", "a logit per head and distance, learned absolute "
                           "positions, or none", choices=("relative", "learned", "none"))
     sink: bool = flag(True, "model", "a learned attention sink per head")
     bigram: bool = flag(True, "model", "a dense table of logits by the current token")
 
-    density: float = flag(1 / 32, "sparsity", "share of nonzero weights in every matrix; 1: dense")
+    density: float = flag(1 / 16, "sparsity", "share of nonzero weights in every matrix; 1: dense")
     embed_density: float = flag(0.0, "sparsity", "the same for embeddings; 0: 4 x density, the "
                                 "release's rule")
     min_per_neuron: int = flag(4, "sparsity", "nonzero weights every neuron and channel keeps (j)")
     sparse_bias: bool = flag(False, "sparsity", "biases are sparsified too")
     anneal_start: float = flag(0.01, "sparsity", "share of training before density falls from 1")
-    anneal_end: float = flag(0.5, "sparsity", "share of training before it reaches its target")
+    anneal_end: float = flag(0.3, "sparsity", "share of training before it reaches its target")
 
-    steps: int = flag(12000, "training", "optimizer steps")
+    steps: int = flag(20000, "training", "optimizer steps")
     batch_size: int = flag(8, "training", "sequences a step")
     lr: float = flag(0.016, "training", "learning rate, before warm-up, decay and sharkfin; these "
-                     "make half of it the largest used")
+                     "make 0.7 of it the largest used")
     warmup: float = flag(0.01, "training", "share of training with rising learning rate")
     sharkfin: bool = flag(True, "training", "learning rate x sqrt(final density / density now)")
     beta1: float = flag(0.9, "training", "Adam: decay of the mean gradient")
@@ -276,7 +276,7 @@ class Config:
 
     data: str = flag("stdlib", "data", "files or folders, separated by commas; 'stdlib' is the "
                      "Python standard library's source")
-    idioms: float = flag(0.6, "data", "share of the batches drawn from generated simple idioms")
+    idioms: float = flag(0.9, "data", "share of the batches drawn from generated simple idioms")
     max_mb: float = flag(0.0, "data", "read about this many megabytes of each source; 0: all")
 
     threads: int = flag(0, "running", "threads; 0: one a core. The result does not depend on it, "
@@ -1842,7 +1842,7 @@ def gradcheck(log=print):
     largest relative error."""
     cfg = Config(d_model=32, n_layer=2, d_head=8, n_ctx=80, vocab_size=300, batch_size=3,
                  afrac=0.25, dtype="float64", threads=1)
-    rng, flat = np.random.default_rng(2), init_flat(cfg)  # with a seed at which no kept set changes
+    rng, flat = np.random.default_rng(4), init_flat(cfg)  # with a seed at which no kept set changes
     flat += xp.asarray(0.3 * rng.standard_normal(len(flat)))  # gradients well above rounding
     ids = rng.integers(0, cfg.vocab_size, (3, cfg.n_ctx + 1))
 
@@ -1853,7 +1853,8 @@ def gradcheck(log=print):
     log(f"{'parameter':<16} {'shape':>12} {'analytic':>16} {'numeric':>16} {'relative':>9}")
     worst, h = 0.0, 2e-6  # small, so that no entry of an AbsTopK changes places on the way
     for name, w in views(flat, cfg).items():
-        way = xp.asarray(rng.standard_normal(w.shape))
+        # Each entry moves to the gradient's side: else the terms may cancel and rounding be left.
+        way = xp.asarray(abs(rng.standard_normal(w.shape))) * xp.where(grads[name] < 0, -1, 1)
         analytic, former, at = float((grads[name] * way).sum()), w.copy(), []
         for move in (h, -h, 2 * h, -2 * h):
             w[...] = former + move * way

@@ -21,11 +21,13 @@ the very ones a model was trained on, and appending it leaves the prompt's token
 """
 import argparse
 import difflib
+import functools
 import keyword
 import os
 import random
 import re
 import signal
+import string
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -48,8 +50,7 @@ kernel key kind kit knob knot label layer left length level limit margin mark ma
 member name needle neighbor node note number offset option orbit order outer owner page parent part
 path pixel place quality quantity quarter query question quota radius rank rate ratio result row
 sample scale score shape signal size table task temp time token total unit update upper usage user
-utility value vector version view volume vote wait weight width window word worker a b c d e f g h
-i j k m n p q r s t u v w x y z""".split()
+utility value vector version view volume vote wait weight width window word worker""".split()
 WORDS = """apple autumn banana beach bird blue bottle bread bridge bright brown butter candle
 castle cherry circle city cloud coffee cold copper corner cotton dance dark desert dinner doctor
 dream drum eagle early east evening family farm feather fire fish flower forest friend fruit garden
@@ -65,29 +66,34 @@ plot process reduce remove render repeat replace reset resolve reverse rotate sc
 shift shuffle solve split start trim validate""".split()
 # What says whether a file is read or written. These are meanings a model has to know, not names it
 # has to copy, so like `open` and `range` they belong to the language and every split shares them.
-VERB_CUES = (("load", "save"), ("read", "write"), ("import", "export"), ("parse", "dump"))
-NOUN_CUES = (("input", "output"), ("source", "target"), ("reader", "writer"))
+VERB_CUES = (("load", "save"), ("read", "write"))
+NOUN_CUES = (("input", "output"), ("source", "target"))
+
+ONSETS = """b c d f g h j k l m n p r s t v w z b c d f g h j k l m n p r s t v w z bl br ch cl cr
+dr fl fr gl gr kn ph pl pr qu sc sh sk sl sm sn sp st str sw th tr tw wh y""".split()
+VOWELS = "a e i o u a e i o u a e i o u a e i o u ai ea ee ia io oo ou y".split()
+CODAS = "b ck d g l ll m n nd ng nt p r rd rk rt s ss st t th v x".split()
 
 
+@functools.cache
+def invented(n: int = 30_000) -> list[list[str]]:
+    """n different made-up words, like `zobe` or `twendal`, in groups of one first letter, a tenth
+    of which are the letter alone; none of them is in the lists above.
 
-def invented(n: int) -> list[str]:
-    """n different made-up words, like `zoboy` or `dasing`, none of them in the lists above.
-
-    Training draws most of its names and words from these. From a few dozen real ones a model
-    learns what follows each of them, not what follows a name, and fails on those of the tests.
+    Training draws most of its names and words from these. From a few dozen real ones, and still
+    from thousands of one make, a model learns what follows each of them, not what follows a name,
+    and fails on those of the tests.
     """
     rng, found, known = random.Random(0), {}, {*NAMES, *WORDS, *VERBS}
     while len(found) < n:
-        start = rng.choice("b c d f g h j k l m n p r s t v w z ch pr qu st th tr".split())
-        middle = rng.choice("aeiou") + rng.choice(("", "l", "n", "r", "s", "t", "ck", "b", "m"))
-        end = rng.choice(("", "", "e", "er", "in", "ing", "ion", "al", "le", "ow", "y", "a", "o"))
-        word = rng.choice(("", "", "a", "e", "i", "o", "u")) + start + middle + end
-        if 2 < len(word) < 8 and word not in known and not keyword.iskeyword(word):
+        word = ""
+        for _ in range(rng.choice((1, 1, 1, 2, 2, 2, 3))):
+            word += rng.choice(ONSETS) if rng.random() < 0.85 else ""
+            word += rng.choice(VOWELS) + (rng.choice(CODAS) if rng.random() < 0.5 else "")
+        word += rng.choice(("", "", "", "e", "y"))
+        if 1 < len(word) < 9 and word not in known and not keyword.iskeyword(word):
             found[word] = None  # a dict keeps the order
-    return list(found)
-
-
-INVENTED = invented(3000)
+    return by_letter([*found, *string.ascii_lowercase * (n // 260)])
 
 
 def by_letter(names: Sequence[str]) -> list[list[str]]:
@@ -97,7 +103,6 @@ def by_letter(names: Sequence[str]) -> list[list[str]]:
 
 
 NAME_GROUPS = {split: by_letter(NAMES[i::3]) for i, split in enumerate(SPLITS)}
-INVENTED_GROUPS = by_letter(INVENTED)
 
 
 class Writer:
@@ -113,8 +118,8 @@ class Writer:
         self.words, self.verbs = WORDS[SPLITS.index(split)::3], VERBS[SPLITS.index(split)::3]
         groups = NAME_GROUPS[split]
         if split == "train" and rng.random() < 0.8:  # now and then real ones, as in real code
-            self.words = self.verbs = rng.sample(INVENTED, 20)
-            groups = INVENTED_GROUPS
+            groups = invented()
+            self.words = self.verbs = [rng.choice(rng.choice(groups)) for _ in range(20)]
         self.scope = [rng.choice(group) for group in rng.sample(groups, 8)]
         self.large = split == "held"  # longer and deeper; in training now and then, in eval never
 
@@ -346,14 +351,13 @@ def with_open(w):
     x, y, path = w.names(3)
     # The prompt ends inside the quotes, as ` "r"` and ` "w"` would begin with the same token.
     quote, word, file, sides = w.pick('"', '"', "'"), w.choice(w.words), w.file(), []
-    verbs, nouns, form = w.pick(*VERB_CUES), w.pick(*NOUN_CUES), w.pick(0, 1, 2, 3)
+    verbs, nouns, form = w.pick(*VERB_CUES), w.pick(*NOUN_CUES), w.pick(0, 1, 2)
     bodies = f"{y} = {x}.read()", f"{x}.write({y})"
     for verb, noun, mode, body in zip(verbs, nouns, "rw", bodies):
         start, end = (
             (f"def {verb}_{word}({path}):\n    with open({path}", f" as {x}:\n        {body}"),
             (f"# {verb} the {word} {x}\nwith open({file}", f" as {x}:\n    {body}"),
-            (f"with open({noun}_{word}", f" as {x}:\n    {body}"),
-            (f"{noun} = open({file}", ""))[form]
+            (f"with open({noun}_{word}", f" as {x}:\n    {body}"))[form]
         sides.append((f"{start}, {quote}", mode, f"{quote}){end}"))
     return tuple(sides)
 
