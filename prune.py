@@ -1747,7 +1747,8 @@ def page(record):
         table("Checks", ["", "passed", ""], [
             [plain(c["name"]), {True: "✓", False: "✗", None: "–"}[c["passed"]],
              plain(c["text"])] for c in record["checks"]], "text"),
-        table("Heads", ["", "nodes", "sink", "logits by distance", "looks from … at", "overlap with the full model"], [
+        table("Heads", ["", "nodes", "sink", "logits by distance", "looks from … at",
+                        "overlap with the full model"], [
             [plain(h["name"]), "<br>".join(map(plain, h["nodes"])), plain(h["sink"]), "<br>".join(
                 f"{d} back {x:+.2f}" for d, x in h["distances"]), "<br>".join(
                 marked(e["context"].removesuffix(e["at"]), e["at"], "→ ") + ", ".join(
@@ -1878,7 +1879,7 @@ def compare_one(studies, settings, job):
 
 def compare(studies, settings, folder, workers, log=print):
     """Prune every task in several models alike, and report size against loss: the first model's
-    edges over each other's. Rows that compare.json has already are kept."""
+    edges over each other's. What compare.json has already, of these models or others, is kept."""
     path, began, rows = Path(folder, "compare.json"), time.perf_counter(), []
     head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
                                       aims=AIMS)))
@@ -1886,7 +1887,7 @@ def compare(studies, settings, folder, workers, log=print):
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         if all(old[k] == v for k, v in head.items()):
-            rows = [row for row in old["rows"] if row["model"] in prints]
+            rows = old["rows"]  # of other models too: the next comparison may want them
     except (OSError, ValueError, KeyError, TypeError):
         pass
     have = {(row["model"], row["task"]) for row in rows}
@@ -1929,7 +1930,8 @@ def about(study):
     model, cfg = study.model, study.model.cfg
     val = sg.evaluate(model.params, sg.load_corpus(cfg, quiet).val, cfg, 256)
     return dict(name=cfg.out, model=study.fingerprint, kind=kind_of(cfg), seed=cfg.seed,
-                d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=sg.mean_loss(val, cfg), **val,
+                d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac,
+                loss=sg.mean_loss(val, cfg), **val,
                 kurtosis=kurtosis(model, study.text[:16]),
                 nonzero=sum(int((w != 0).sum()) for name, w in model.params.items()
                             if name in matrices(cfg)))
@@ -2168,8 +2170,8 @@ def make_parser():
     parser.add_argument("--untied", action="store_true",
                         help="a mask for queries and one for keys")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS",
-                        help="about how long a task may take on two cores (default 60; from "
-                        "150 on, for the default model, other ways to train the masks are tried)")
+                        help="about how long a task may take on two cores (default 60: three ways "
+                        "to train the masks of the default model; under 38 it is one)")
     parser.add_argument("--seeds", type=int, default=2,
                         help="searches to compare, from different masks (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and masks (default 0)")

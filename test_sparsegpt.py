@@ -951,7 +951,8 @@ GOLDEN = {
 
 def golden_run(act):
     """Losses of six steps on a fixed batch that no random generator and no text has a part in."""
-    cfg = tiny(act=act, positions={"gelu": "learned", "relu": "relative"}[act], steps=6, lr=0.02, anneal_start=0.0, anneal_end=0.6, sparse_bias=True)
+    cfg = tiny(act=act, positions={"gelu": "learned", "relu": "relative"}[act], steps=6, lr=0.02,
+               anneal_start=0.0, anneal_end=0.6, sparse_bias=True)
     ids = np.arange(cfg.batch_size * (cfg.n_ctx + 1)).reshape(cfg.batch_size, -1)**2 * 7 % 61
     wave = np.sin(np.arange(sg.n_params(cfg)) * 1.7) * 0.1
     return [loss for *_, loss in steps_of(cfg, dev(wave), ids[:, :-1], ids[:, 1:])]
@@ -1863,7 +1864,8 @@ def test_orphans_are_the_kept_nodes_on_no_path(cfg, seed):
         links |= {((i, c), (i + 1, c)), ((i, c), reader), (writer, (i + 1, c))}
     for c in range(C):
         links.add(((2 * L, c), f"final.{c}"))
-        if p["wte"][np.unique(prompts.ids), c].any() or (cfg.positions == "learned" and p["wpe"][:, c].any()):
+        if p["wte"][np.unique(prompts.ids), c].any() or (
+                cfg.positions == "learned" and p["wpe"][:, c].any()):
             links.add(("tokens", (0, c)))
         if p["head.w"][c].any():
             links.add((f"final.{c}", "logits"))
@@ -2594,6 +2596,7 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys):
     other.params["head.b"][:] += np.arange(len(other.params["head.b"])) % 7
     sg.save("other.npz", other)
     assert "no fair pair" in run_prune(capsys, "--compare model.npz other.npz --out c")[1]
+    assert run_prune(capsys, line)[1] == again  # what other models have left in the file is no harm
 
 
 def test_seeds_of_a_model_are_pooled_and_shown_apart():
