@@ -1197,6 +1197,9 @@ def at_step(step, act):
     return lambda line: act() if line.split()[:1] == [str(step)] else None
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
+
 def ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
