@@ -1837,9 +1837,9 @@ def report(model, log=print):
 # ---- checks and timings -------------------------------------------------------------------------
 
 def gradcheck(log=print):
-    """Print each parameter's analytic and numeric derivative along a random direction, in float64,
-    for a tiny model: AbsTopK, sinks, distances, bigram table and two query blocks. Returns the
-    largest relative error."""
+    """Print each parameter's analytic and numeric derivative along a direction of random sizes, on
+    the gradient's side, in float64, for a tiny model: AbsTopK, sinks, distances, bigram table and
+    two query blocks. Returns the largest relative error."""
     cfg = Config(d_model=32, n_layer=2, d_head=8, n_ctx=80, vocab_size=300, batch_size=3,
                  afrac=0.25, dtype="float64", threads=1)
     rng, flat = np.random.default_rng(4), init_flat(cfg)  # with a seed at which no kept set changes
