@@ -355,6 +355,30 @@ class Whole:
             for part in self.parts])
 
 
+def resampled(model, prompts, text, rng):
+    """{place: [N, C]}: what every node is, position by position, on windows drawn from text [n, T],
+    one a prompt."""
+    other, (B, T) = Recorder(), prompts.ids.shape
+    windows = text[rng.choice(len(text), B)][:, :T]
+    sg.forward(model.params, windows, model.cfg, other, at=prompts.last)
+    return other.seen
+
+
+class Resampled(Whole):
+    """The same with deleted nodes at what they are on other text instead of a constant: a stronger
+    ablation, as it also brings misleading values. Deleted edges stay frozen at the mean."""
+
+    def __init__(self, model, fill, prompts, text, rng):
+        super().__init__(model, fill, prompts)
+        self.others = [resampled(model, part, text, rng) for part in self.parts]
+
+    def logits(self, cut):
+        cfg, params = self.model.cfg, self.params(cut)
+        return np.concatenate([sg.to_host(sg.forward(
+            params, part.ids, cfg, Ablation(cut.keep, other, cfg), at=part.last)[0])
+            for part, other in zip(self.parts, self.others)])
+
+
 class Compact(Whole):
     """The same numbers, to rounding, from the kept rows and columns alone: what it costs to try a
     cut. 34 times as fast on a circuit of 21 nodes of 5,888. A cut that is like an earlier one up to
@@ -509,7 +533,7 @@ class Compact(Whole):
 class Settings:
     """What decides a search."""
     target: float = 0.15     # binary loss in nats that the circuit may have, calibrated
-    ablation: str = "mean"   # what deleted nodes are frozen at: their mean, or zero
+    ablation: str = "mean"   # what deleted nodes are frozen at: their mean, zero, or resample
     tied: bool = True        # query and key channels share a mask
     runs: int = 3            # mask trainings, each with other hyperparameters and another seed
     steps: int = 400         # of each
@@ -519,7 +543,7 @@ class Settings:
 
 
 SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)  # targets of a curve, in nats
-AIMS = (0.4, 0.15, 0.05, 0.015)  # losses that the masks of a curve are trained to
+AIMS = (0.4, 0.15, 0.05, 0.015)  # targets that the masks of a curve are trained for
 
 TOO_LARGE = 2000  # edges that are not cleaned: thousands of trials of a quarter of a second each
 
@@ -556,15 +580,22 @@ class Problem:
     are learned on both. Held-out prompts are not here: nothing is ever chosen by them.
     """
 
-    def __init__(self, model, fill, task, settings, nonsense=False):
+    def __init__(self, model, fill, task, settings, nonsense=False, text=None):
         self.model, self.fill, self.task, self.settings = model, fill, task, settings
+        self.text = text  # to resample deleted nodes from, if they are not to be constant
         self.pool = make_prompts(model, task, 2 * settings.search_pairs, settings.seed,
                                  nonsense=nonsense)
         n = len(self.pool.last)
         half = n // 4 * 2 or n  # whole pairs
         self.judged = self.pool.rows(np.arange(half))
-        self.on = Compact(model, fill, self.judged)
-        self.fit_on = Compact(model, fill, self.pool.rows(np.arange(n - half, n)))
+        self.on, self.fit_on = (
+            Compact(model, fill, prompts) if text is None else
+            Resampled(model, fill, prompts, text, np.random.default_rng(settings.seed))
+            for prompts in (self.judged, self.pool.rows(np.arange(n - half, n))))
+
+    def frozen(self, prompts, rng):
+        """What the deleted nodes of a run on some prompts are."""
+        return self.fill if self.text is None else resampled(self.model, prompts, self.text, rng)
 
     def fit(self, cut):
         """The Calibration of a cut."""
@@ -623,7 +654,8 @@ def learn_masks(problem, k_coef, lr, temperature, seed, progress, aim=None):
     for step in range(s.steps):
         pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
         batch = problem.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
-        margin, by_node = gradient(model, batch, (tau >= 0)[mask], problem.fill, calibration)
+        margin, by_node = gradient(model, batch, (tau >= 0)[mask],
+                                   problem.frozen(batch, rng), calibration)
         loss = logistic(calibration.scale * margin + calibration.shift * batch.sign)
         recent.append((margin, batch.sign))
         if len(recent) == recent.maxlen and step % 4 == 0:
@@ -648,8 +680,8 @@ def learn_masks(problem, k_coef, lr, temperature, seed, progress, aim=None):
 def rank_by_attribution(problem):
     """Nodes by how much the loss would rise without them, to first order: gradient x (activation -
     frozen value). The baseline that learned masks are compared with."""
-    keep = np.ones(n_nodes(problem.model.cfg), bool)
-    rise = sum(-gradient(problem.model, part, keep, problem.fill)[1] * len(part.last)
+    keep, rng = np.ones(n_nodes(problem.model.cfg), bool), np.random.default_rng(0)
+    rise = sum(-gradient(problem.model, part, keep, problem.frozen(part, rng))[1] * len(part.last)
                for part in problem.pool.parts(16))
     return np.argsort(-rise, kind="stable")
 
@@ -756,6 +788,14 @@ class Found(NamedTuple):
     tau: np.ndarray
 
 
+def aim_below(target, full):
+    """The loss to train masks to for a target, by the full model's. A mask that is learned at the
+    target itself ends over it about half of the time. Where the full model is hardly better than
+    the target, the aim is between the two. A control, whose full model is over the target, aims no
+    higher than the task that it is a control of."""
+    return max(0.9 * target, (target + full) / 2) if full < target else 0.9 * target
+
+
 def search(problem, progress, seed=0):
     """Find a small circuit: learn masks, take the fewest nodes by rank, clean nodes and edges.
 
@@ -770,12 +810,7 @@ def search(problem, progress, seed=0):
         stages.append(dict(stage=name, nodes=nodes, edges=edges,
                            loss=problem.loss(cut, calibration)))
 
-    # A mask that is learned at the target itself ends over it about half of the time. Where the
-    # full model is hardly better than the target, the aim is between the two. A control, whose
-    # full model is over the target, aims no higher than the task that it is a control of.
-    full, aim, i, short = full_loss(problem), 0.9 * s.target, 0, False
-    if full < s.target:
-        aim = max(aim, (s.target + full) / 2)
+    aim, i, short = aim_below(s.target, full_loss(problem)), 0, False
     while i < s.runs or (short and i == s.runs):
         k_coef, lr, temperature = TRIALS[i % len(TRIALS)]
         order, tau = learn_masks(problem, k_coef, lr, temperature, [seed, i], progress, aim)
@@ -800,12 +835,14 @@ def search(problem, progress, seed=0):
 
 def curve(problem, progress):
     """[(target, cut, (nodes, edges))]: the smallest cut by rank at each target of SWEEP that can be
-    reached; every nonzero weight between its nodes counts (the paper's rule). Masks are trained at
+    reached; every nonzero weight between its nodes counts (the paper's rule). Masks are trained for
     each of AIMS, and a target takes the best of their rankings. Not asked for: what the full model
-    does not reach by itself, which would take all of it and a calibration."""
+    does not reach by itself, which would take all of it and a calibration. It is trained for once,
+    for the sake of targets just above it, which masks that aim at them may not reach."""
     found, least = {}, full_loss(problem)
-    for i, aim in enumerate([aim for aim in AIMS if aim > least] or AIMS[:1]):
-        order, tau = learn_masks(problem, *TRIALS[0], [problem.settings.seed, i], progress, aim)
+    for i, aim in enumerate(AIMS[:1 + sum(aim > least for aim in AIMS)]):
+        order, tau = learn_masks(problem, *TRIALS[0], [problem.settings.seed, i], progress,
+                                 aim_below(aim, least))
         losses_ = functools.cache(lambda n, order=order: problem.loss(first(order, n)))
         for target in [target for target in SWEEP if target >= least]:
             cut = bisect(order, lambda c: losses_(int(c.keep.sum())) <= target,
@@ -1017,20 +1054,11 @@ def check_random(problem, cut, draws=10):
 
 
 def check_resampled(problem, cut, calibration, text, draws=4):
-    """Deleted nodes take the values that they have on other inputs, at the same position, instead
-    of their mean: a stronger ablation, as it also brings misleading values."""
-    cfg, rng, losses = problem.model.cfg, np.random.default_rng(2), []
-    whole = Whole(problem.model, problem.fill, problem.on.prompts)
-    params = whole.params(cut)
+    """Deleted nodes take the values that they have on other inputs."""
+    rng, losses = np.random.default_rng(2), []
     for _ in range(draws):
-        logits = []
-        for part in whole.parts:
-            other, B, T = Recorder(), *part.ids.shape
-            windows = text[rng.choice(len(text), B)][:, :T]
-            sg.forward(problem.model.params, windows, cfg, other, at=part.last)
-            hook = Ablation(cut.keep, other.seen, cfg)
-            logits.append(sg.to_host(sg.forward(params, part.ids, cfg, hook, at=part.last)[0]))
-        losses.append(logistic(calibration.margins(np.concatenate(logits), whole.prompts)))
+        on = Resampled(problem.model, problem.fill, problem.on.prompts, text, rng)
+        losses.append(logistic(calibration.margins(on.logits(cut), on.prompts)))
     limit, loss = 2 * problem.settings.target, float(np.mean(losses))
     return check("resampled ablation", loss <= limit, f"deleted nodes at their values on random "
                  f"training text: loss {loss:.3f}, {draws} draws {spread(losses)} (passes up to "
@@ -1855,7 +1883,8 @@ def compare_one(studies, settings, job):
     row = dict(model=study.fingerprint, task=task, full=None, points=[], by_attribution=[],
                cleaned=None, without=None, random=None)
     try:
-        problem = Problem(study.model, study.fill, task, settings)
+        problem = Problem(study.model, study.fill, task, settings,
+                          text=study.text if settings.ablation == "resample" else None)
     except CannotPrune:
         return row
     row["full"] = full_loss(problem)
@@ -1869,29 +1898,32 @@ def compare_one(studies, settings, job):
         if ranked is not None:
             row["by_attribution"].append(dict(task=task, target=target,
                                               edges=problem.size(ranked)[1]))
-        if target == settings.target:
+        if target == settings.target and settings.ablation != "resample":  # its trials take long
             last = clean(problem, cut, lambda *_: None, progress)[0]
             row["cleaned"] = dict(zip(("nodes", "edges"), problem.size(last)))
+        if target == settings.target:
             needed = check_necessity(problem, cut)
             row |= {"without": needed["loss"], "random": needed["random"]}
     return row
 
 
-def compare(studies, settings, folder, workers, log=print):
-    """Prune every task in several models alike, and report size against loss: the first model's
-    edges over each other's. What compare.json has already, of these models or others, is kept."""
+def compare(studies, settings, folder, workers, names, log=print):
+    """Prune the named tasks in several models alike, and report size against loss: the first
+    model's edges over each other's. What compare.json has already, of these models or others, is
+    kept. Raises UserError if it is of other settings."""
     path, began, rows = Path(folder, "compare.json"), time.perf_counter(), []
     head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
                                       aims=AIMS)))
     prints = [study.fingerprint for study in studies]
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        if all(old[k] == v for k, v in head.items()):
-            rows = old["rows"]  # of other models too: the next comparison may want them
+        same, rows = [old[k] for k in head] == list(head.values()), old["rows"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        same = True  # nothing there that could be of use
+    if not same:
+        raise sg.UserError(f"{path} is of other settings: give another --out, or delete it")
     have = {(row["model"], row["task"]) for row in rows}
-    jobs = [(i, task) for task in tasks.TASKS for i in range(len(studies))
+    jobs = [(i, task) for task in names for i in range(len(studies))
             if (prints[i], task) not in have and prints.index(prints[i]) == i]
     for n, row in enumerate(on_cores(functools.partial(compare_one, studies, settings), jobs,
                                      workers), 1):
@@ -1903,10 +1935,11 @@ def compare(studies, settings, folder, workers, log=print):
             f"{row['task']:<27} {at.get(settings.target, 'no')} edges; {sg.clock(left)} left")
     kinds = by_kind([about(study) for study in studies])
     write_text(path, json.dumps({**head, "models": sum(kinds, []), "rows": rows}))
-    text = comparison(kinds, rows, settings.target)
+    shown = [row for row in rows if row["task"] in names]
+    text = comparison(kinds, shown, settings.target)
     log(text)
     curves = {kind[0]["name"]: [dict(p, task=f"{p['task']} {i or ''}") for i, m in enumerate(kind)
-                                for row in rows if row["model"] == m["model"]
+                                for row in shown if row["model"] == m["model"]
                                 for p in row["points"]] for kind in kinds}
     write_text(path.with_suffix(".html"), document(
         "Circuits compared", "Edges: nonzero weights between two kept nodes, before cleaning.",
@@ -1958,6 +1991,7 @@ def by_kind(models):
 def comparison(kinds, rows, target):
     """The tables of `compare`, as text: kinds of models against each other, pooled over seeds."""
     by = {(row["model"], row["task"]): row for row in rows}
+    names = [task for task in tasks.TASKS if task in {row["task"] for row in rows}]
     letters, runs = "ABCDEFGH"[:len(kinds)], list(zip(*kinds))  # a run is one model of each kind
     out = ["", f"{'':<4}{'model':<26} width density  AbsTopK nonzero edges  kurtosis  "
            "validation loss (code, idioms)"]
@@ -1987,7 +2021,7 @@ def comparison(kinds, rows, target):
             f"{'edges ' + c:>10}" for c in letters) + "".join(
             f"{'A/' + c:>8} (spread)" + "  by seed" * (len(runs) > 1) for c in letters[1:])]
         for label, kind, at in choices:
-            edges = [[[pick(row_of(m, task), kind, at) for m in run] for task in tasks.TASKS]
+            edges = [[[pick(row_of(m, task), kind, at) for m in run] for task in names]
                      for run in runs]
             logs = [np.log([[max(1, n) for n in line] for line in run if None not in line])
                     .reshape(-1, len(kinds)) for run in edges]
@@ -2014,7 +2048,7 @@ def comparison(kinds, rows, target):
             f"{'at ' + format(target, 'g'):<28}" + "".join(
                 f"{'loss ' + c:>{9 if len(runs) == 1 else 18}}{'edges':>{8 * len(runs)}}"
                 f"{'cleaned':>{8 * len(runs)}}" for c in letters)]
-    for task in tasks.TASKS:
+    for task in names:
         line = f"{task:<28}"
         for kind in kinds:
             of = [row_of(m, task) for m in kind]
@@ -2027,7 +2061,7 @@ def comparison(kinds, rows, target):
         out.append(line)
     out += ["", f"{'only the circuit ablated':<26} tasks   loss   as many random nodes"]
     for letter, kind in zip(letters, kinds):
-        losses = [(row["without"], row["random"]) for m in kind for task in tasks.TASKS
+        losses = [(row["without"], row["random"]) for m in kind for task in names
                   if (row := row_of(m, task))["without"] is not None]
         if losses:
             out.append(f"{letter:<26} {len(losses):>5} {np.mean(losses, 0)[0]:>6.3f} "
@@ -2159,14 +2193,16 @@ def prune_all(study, settings, folder, seeds, with_sweep, workers, log=print):
 def make_parser():
     """The flags."""
     parser = tasks.Parser(description="Cut a trained model down to the circuit of a task.")
-    parser.add_argument("task", nargs="?", help="a task's name (see tasks.py), or all")
+    parser.add_argument("task", nargs="*", help="a task's name (see tasks.py), or all; several "
+                        "with --compare, which does all unless told")
     parser.add_argument("--model", help="checkpoint (default out/sparse.npz; with --check, the "
                         "circuit's own)")
     parser.add_argument("--out", default="circuits", help="folder for circuits (default circuits)")
     parser.add_argument("--target", type=float, default=Settings.target,
                         help="binary loss in nats that a circuit may have (default 0.15)")
-    parser.add_argument("--ablation", default="mean", metavar="mean|zero",
-                        help="what deleted nodes are frozen at (default mean)")
+    parser.add_argument("--ablation", default="mean", metavar="mean|zero|resample",
+                        help="what deleted nodes are frozen at (default mean); with --compare also "
+                        "what they are on other text")
     parser.add_argument("--untied", action="store_true",
                         help="a mask for queries and one for keys")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS",
@@ -2179,7 +2215,7 @@ def make_parser():
                         "size at ten targets, from 0.5 down to 0.01")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--compare", nargs="+", metavar="FILE",
-                       help="prune every task in several models and compare their sizes")
+                       help="prune the tasks in several models and compare their sizes")
     modes.add_argument("--explain", action="store_true",
                        help="walk a prompt pair through the saved circuit of the task")
     modes.add_argument("--set", action="append", metavar="NODE=VALUE", default=[],
@@ -2218,9 +2254,14 @@ def run(argv):
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
     sg.set_blas_threads(1)  # as in every worker, so that the last digits do not tell which it was
     settings = settings_of(args)
-    of_files = args.check is not None or args.compare is not None
-    if of_files and (args.task is not None or args.sweep):
-        raise sg.UserError("--check and --compare take no task and no --sweep")
+    if args.sweep and (args.check is not None or args.compare is not None):
+        raise sg.UserError("--check and --compare take no --sweep")
+    if len(args.task) > 1 and args.compare is None or args.task and args.check is not None:
+        raise sg.UserError("name one task, or all; several go with --compare only, none with "
+                           "--check")
+    for task in args.task:
+        if task != "all" or args.compare is not None:
+            tasks.pairs(task, 1)  # which refuses what is no task
     if args.check is not None:
         circuit = load(args.check)
         model = load_model(circuit.record["model"]["path"] if args.model is None else args.model)
@@ -2231,36 +2272,34 @@ def run(argv):
         return int(bool(wrong))
     if args.compare is not None:
         return run_compare(args, settings)
-    if args.task is None:
+    if not args.task:
         raise sg.UserError(f"name a task, or all; tasks: {', '.join(tasks.TASKS)}")
-    one_task = args.explain or args.set or args.ablate
-    if args.task == "all" and one_task:
+    [task], one_task = args.task, args.explain or args.set or args.ablate
+    if task == "all" and one_task:
         raise sg.UserError("--explain, --set and --ablate take one task, not all")
     if args.sweep and one_task:
         raise sg.UserError("--sweep does not go with --explain, --set and --ablate")
-    if args.task != "all":
-        tasks.pairs(args.task, 1)  # which refuses what is no task
     model = load_model("out/sparse.npz" if args.model is None else args.model)
-    path = Path(args.out, f"{args.task}.json")
+    path = Path(args.out, f"{task}.json")
     if args.explain:
         circuit = load(path)
         same_model(circuit, model, path)
-        if circuit.task != args.task:
+        if circuit.task != task:
             raise sg.UserError(f"{path} is a circuit of {circuit.task}")
         print(explain(circuit.record["example"]))
         return 0
     if values := nodes_to_set(args, model):
-        print("\n".join(intervene(model, args.task, values, settings)))
+        print("\n".join(intervene(model, task, values, settings)))
         return 0
     settings = dataclasses.replace(settings, runs=runs_within(args.budget, model.cfg, settings))
-    check_folder(args.out, tasks.TASKS if args.task == "all" else [args.task])
+    check_folder(args.out, tasks.TASKS if task == "all" else [task])
     study, workers = Study(model, settings.ablation), model.cfg.threads or sg.n_cores()
-    if args.task == "all":
+    if task == "all":
         prune_all(study, settings, args.out, args.seeds, args.sweep, workers)
         return 0
-    circuit = prune(model, args.task, settings, study, args.seeds, workers=workers)
+    circuit = prune(model, task, settings, study, args.seeds, workers=workers)
     if args.sweep:
-        circuit.record["sweep"] = sweep(study, args.task, settings)
+        circuit.record["sweep"] = sweep(study, task, settings)
     circuit = finish(args.out, circuit, model)
     print(listing(circuit))
     print(f"\nwrote {path}, .html and .dot")
@@ -2282,7 +2321,7 @@ def run_compare(args, settings):
                            + " and ".join(map(str, kinds.values())))
     check_folder(args.out, ["compare"])
     compare([Study(m, settings.ablation) for m in models], settings, args.out,
-            models[0].cfg.threads or sg.n_cores())
+            models[0].cfg.threads or sg.n_cores(), args.task or list(tasks.TASKS))
     return 0
 
 
@@ -2293,8 +2332,11 @@ def settings_of(args):
         if not low <= getattr(args, name) <= high:
             raise sg.UserError(f"--{name} must be from {low} to {high}, "
                                f"not {getattr(args, name)}")
-    if args.ablation not in ("mean", "zero"):
-        raise sg.UserError(f"--ablation must be mean or zero, not {args.ablation!r}")
+    if args.ablation not in ("mean", "zero", "resample"):
+        raise sg.UserError(f"--ablation must be mean, zero or resample, not {args.ablation!r}")
+    if args.ablation == "resample" and args.compare is None:
+        raise sg.UserError("--ablation resample goes with --compare only: a circuit that is saved "
+                           "stands on constants")
     return Settings(target=args.target, ablation=args.ablation, tied=not args.untied,
                     seed=args.seed)
 

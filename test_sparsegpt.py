@@ -2501,8 +2501,9 @@ def brief(cues, monkeypatch):
     ("cue --ablate final.99", "final.99"), ("cue --set final.1=1 --explain", "not allowed with"),
     ("cue --ablation foo", "--ablation"), ("cue --out text.txt", "text.txt"),
     ("cue --out text.txt/x", "text.txt"), ("hopeless", "over the target"), ("endless", "context"),
-    ("cue --target 1e-4", "target"), ("--compare model.npz", "two models"),
-    ("cue --compare model.npz model.npz", "no task"), ("--compare model.npz none.npz", "none.npz"),
+    ("cue --ablation resample", "--compare"), ("cue --target 1e-4", "target"), ("--compare model.npz", "two models"),
+    ("ceu --compare model.npz model.npz", "cue"),
+    ("cue wide --explain", "one task"), ("all --compare model.npz model.npz", "cue"), ("--compare model.npz none.npz", "none.npz"),
     ("--compare model.npz model.npz --target 0.4", "one of 0.3")])
 def test_a_mistake_in_pruning_is_one_line_and_status_two(brief, line, said, capsys):
     """No traceback, nothing written, nothing printed beside the line that says what is wrong."""
@@ -2576,6 +2577,22 @@ def test_a_curve_reaches_its_targets_and_only_grows(brief):
         assert [target for target, *_ in prune.curve(problem, prune.Progress("", quiet))] == [0.3]
 
 
+def test_the_masks_of_a_curve_are_trained_once_under_the_full_models_loss(brief, monkeypatch):
+    """Else a target just above that loss is missed by masks that end a little over it."""
+    model, aims, real = wired(), [], prune.learn_masks
+    problem = prune.Problem(model, prune.Study(model).fill, "cue", dataclasses.replace(FEW, steps=9))
+    full = prune.full_loss(problem)
+
+    def spy(*args):
+        aims.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(prune, "learn_masks", spy)
+    monkeypatch.setattr(prune, "AIMS", (1.05 * full, 0.9 * full, 0.8 * full))
+    prune.curve(problem, prune.Progress("", quiet))
+    assert aims == pytest.approx([1.025 * full, 0.81 * full])
+
+
 def test_nothing_is_done_by_no_worker():
     """A second run with every item finished asks for none."""
     assert list(prune.on_cores(abs, [], 2)) == []
@@ -2600,6 +2617,35 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys):
     sg.save("other.npz", other)
     assert "no fair pair" in run_prune(capsys, "--compare model.npz other.npz --out c")[1]
     assert run_prune(capsys, line)[1] == again  # what other models have left in the file is no harm
+    assert "hopeless" in again and "hopeless" not in run_prune(capsys, "cue " + line)[1]
+    before = Path("c/compare.json").read_bytes()
+    status, _, err = run_prune(capsys, line + " --target 0.3")
+    assert status == 2 and "other settings" in err and Path("c/compare.json").read_bytes() == before
+
+
+def test_circuits_for_resampled_values_are_found_by_resampled_values(brief, capsys):
+    """Masks, losses and sizes are of the stronger ablation: what is said to reach the target does,
+    with the deleted nodes at values of other text."""
+    study, settings = prune.Study(wired(), "resample"), dataclasses.replace(FEW, steps=60)
+    problem = prune.Problem(study.model, study.fill, "cue", settings, text=study.text)
+    keep = prune.random_like(np.arange(len(study.fill)) % 2 > 0, np.random.default_rng(0),
+                             study.model.cfg)
+    part, other = problem.on.parts[0], problem.on.others[0]
+    for place, x in other.items():
+        [*_, C] = x.shape
+        assert len(x) in (part.ids.size, len(part.last)) and C == len(study.fill[
+            prune.node_slices(study.model.cfg)[place]])
+    frozen = prune.Problem(study.model, study.fill, "cue", settings)
+    assert abs(problem.loss(prune.Cut(keep)) - frozen.loss(prune.Cut(keep))) > 1e-3
+    every = prune.Cut(np.ones_like(keep))
+    assert np.allclose(problem.on.logits(every), frozen.on.logits(every), atol=1e-4)
+    for target, cut, _ in prune.curve(problem, prune.Progress("", quiet)):
+        assert problem.loss(cut) <= target
+    status, out, err = run_prune(capsys, "cue --compare model.npz model.npz --ablation resample "
+                                         "--out r")
+    assert (status, err) == (0, "")
+    [row, *_] = json.loads(Path("r/compare.json").read_text())["rows"]
+    assert row["points"] and row["cleaned"] is None and row["without"] is not None
 
 
 def test_seeds_of_a_model_are_pooled_and_shown_apart():
