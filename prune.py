@@ -1431,6 +1431,27 @@ def explain(example):
     return "\n".join(lines)
 
 
+def ask(circuit, model, texts):
+    """Lines of text: what the full model and a circuit of it make of prompts of one's own, between
+    the answers of the task's first pair. Raises UserError on a prompt that is of no use."""
+    answers, lines = tasks.pairs(circuit.task, 1, circuit.settings.seed)[0].answers, []
+    lines.append(f"first answer {answers[0]!r}, second {answers[1]!r}; first over second, logits:")
+    every = Cut(np.ones_like(circuit.cut.keep))
+    for text in texts:
+        try:
+            ids, *two = sg.deciding_tokens(model.tok, text, *answers)
+            if len(ids) > model.cfg.n_ctx:
+                raise ValueError(f"it has {len(ids)} tokens, over the context of {model.cfg.n_ctx}")
+        except ValueError as e:
+            raise sg.UserError(f"--ask {text!r}: {e}") from e
+        one = Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, *two, 1)))
+        run = Whole(model, circuit.fill, one)
+        full, own = (how.margins(run.logits(cut), one)[0] for cut, how in (
+            (every, Calibration()), (circuit.cut, circuit.calibration)))
+        lines.append(f"full model {full:+8.3f}  circuit {own:+8.3f}  {text!r}")
+    return lines
+
+
 class Set:
     """A hook that sets nodes: {node number: value}."""
 
@@ -2218,6 +2239,9 @@ def make_parser():
                        help="prune the tasks in several models and compare their sizes")
     modes.add_argument("--explain", action="store_true",
                        help="walk a prompt pair through the saved circuit of the task")
+    modes.add_argument("--ask", action="append", metavar="PROMPT", default=[],
+                       help="what the full model and the task's saved circuit make of a prompt of "
+                       "your own; may be repeated")
     modes.add_argument("--set", action="append", metavar="NODE=VALUE", default=[],
                        help="run the full model on the task with a node set; may be repeated")
     modes.add_argument("--ablate", action="append", metavar="NODE", default=[],
@@ -2257,8 +2281,8 @@ def run(argv):
     if args.sweep and (args.check is not None or args.compare is not None):
         raise sg.UserError("--check and --compare take no --sweep")
     if len(args.task) > 1 and args.compare is None or args.task and args.check is not None:
-        raise sg.UserError("name one task, or all; several go with --compare only, none with "
-                           "--check")
+        raise sg.UserError("name one task, or all; several go with --compare only, and --check "
+                           "takes no task")
     for task in args.task:
         if task != "all" or args.compare is not None:
             tasks.pairs(task, 1)  # which refuses what is no task
@@ -2274,19 +2298,20 @@ def run(argv):
         return run_compare(args, settings)
     if not args.task:
         raise sg.UserError(f"name a task, or all; tasks: {', '.join(tasks.TASKS)}")
-    [task], one_task = args.task, args.explain or args.set or args.ablate
+    [task], one_task = args.task, args.explain or args.ask or args.set or args.ablate
     if task == "all" and one_task:
-        raise sg.UserError("--explain, --set and --ablate take one task, not all")
+        raise sg.UserError("--explain, --ask, --set and --ablate take one task, not all")
     if args.sweep and one_task:
-        raise sg.UserError("--sweep does not go with --explain, --set and --ablate")
+        raise sg.UserError("--sweep goes with none of --explain, --ask, --set and --ablate")
     model = load_model("out/sparse.npz" if args.model is None else args.model)
     path = Path(args.out, f"{task}.json")
-    if args.explain:
+    if args.explain or args.ask:
         circuit = load(path)
         same_model(circuit, model, path)
         if circuit.task != task:
             raise sg.UserError(f"{path} is a circuit of {circuit.task}")
-        print(explain(circuit.record["example"]))
+        print("\n".join(ask(circuit, model, args.ask)) if args.ask else
+              explain(circuit.record["example"]))
         return 0
     if values := nodes_to_set(args, model):
         print("\n".join(intervene(model, task, values, settings)))

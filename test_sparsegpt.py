@@ -2501,9 +2501,12 @@ def brief(cues, monkeypatch):
     ("cue --ablate final.99", "final.99"), ("cue --set final.1=1 --explain", "not allowed with"),
     ("cue --ablation foo", "--ablation"), ("cue --out text.txt", "text.txt"),
     ("cue --out text.txt/x", "text.txt"), ("hopeless", "over the target"), ("endless", "context"),
-    ("cue --ablation resample", "--compare"), ("cue --target 1e-4", "target"), ("--compare model.npz", "two models"),
+    ("cue --ablation resample", "--compare"), ("cue --target 1e-4", "target"),
+    ("--compare model.npz", "two models"),
     ("ceu --compare model.npz model.npz", "cue"),
-    ("cue wide --explain", "one task"), ("all --compare model.npz model.npz", "cue"), ("--compare model.npz none.npz", "none.npz"),
+    ("cue wide --explain", "one task"), ("all --compare model.npz model.npz", "cue"),
+    ("all --ask <", "one task"), ("cue --ask < --ask " + 99 * "<", "context"),
+    ("--compare model.npz none.npz", "none.npz"),
     ("--compare model.npz model.npz --target 0.4", "one of 0.3")])
 def test_a_mistake_in_pruning_is_one_line_and_status_two(brief, line, said, capsys):
     """No traceback, nothing written, nothing printed beside the line that says what is wrong."""
@@ -2533,6 +2536,12 @@ def test_the_whole_path_of_pruning_runs(brief, capsys):
     assert outs[0] == outs[1] != outs[2]
     for status, out, err in outs:
         assert (status, err) == (0, "") and "100.0%" in out and re.search("changed .* 50.0%", out)
+    example = prune.load("circuits/cue.json").record["example"]
+    status, out, err = run_prune(capsys, "cue --model model.npz" + "".join(
+        " --ask " + "".join(prompt[1:]) for prompt in example["prompts"]))
+    own = [float(x) for x in re.findall(r"circuit +(\S+)", out)]  # first over second; then reverse
+    assert own == pytest.approx([example["margins"][0], -example["margins"][1]], abs=2e-3)
+    assert (status, err) == (0, "") and "first answer 'x', second 'y'" in out
 
 
 def test_all_tasks_are_pruned_and_finished_circuits_are_kept(brief, capsys):
@@ -2580,7 +2589,8 @@ def test_a_curve_reaches_its_targets_and_only_grows(brief):
 def test_the_masks_of_a_curve_are_trained_once_under_the_full_models_loss(brief, monkeypatch):
     """Else a target just above that loss is missed by masks that end a little over it."""
     model, aims, real = wired(), [], prune.learn_masks
-    problem = prune.Problem(model, prune.Study(model).fill, "cue", dataclasses.replace(FEW, steps=9))
+    problem = prune.Problem(model, prune.Study(model).fill, "cue",
+                            dataclasses.replace(FEW, steps=9))
     full = prune.full_loss(problem)
 
     def spy(*args):
