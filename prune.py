@@ -2346,7 +2346,7 @@ def run_compare(args, settings):
                            + " and ".join(map(str, kinds.values())))
     check_folder(args.out, ["compare"])
     compare([Study(m, settings.ablation) for m in models], settings, args.out,
-            models[0].cfg.threads or sg.n_cores(), args.task or list(tasks.TASKS))
+            max(m.cfg.threads or sg.n_cores() for m in models), args.task or list(tasks.TASKS))
     return 0
 
 
