@@ -6,15 +6,15 @@ Source: Gao et al., arXiv 2511.13653 (2025), "the paper", sections 2.2 and A.5.
     python prune.py all                     # every task, and circuits/summary.html
 
 A *node* is one channel at one of a block's eight places, or of the final normed residual, over all
-positions and prompts at once; a deleted one is frozen at its mean over training text. An *edge* is
+positions and prompts at once; a deleted one is frozen, at its mean over training text. An *edge* is
 a nonzero weight between two kept nodes; a deleted one is frozen at the weight times the mean of
 the node that it comes from. Biases, embeddings and unembeddings are never pruned.
 
-The file reads from top to bottom: nodes and edges, prompts and losses, running a circuit, learning
-masks, cutting down, checks, what a person reads, files, drawings, command line. The search: learn a
-mask over nodes by gradient descent through a hard threshold (the paper's method), keep the fewest
-nodes that reach the target loss, then try to do without every node and every edge that is left, one
-at a time (the paper did this by hand and kept all edges).
+The file reads from top to bottom: nodes and edges, prompts and losses, running a circuit, the
+search, checks, what a person reads, files, drawings, comparing models, command line. The search:
+learn a mask over nodes by gradient descent through a hard threshold (the paper's method), keep the
+fewest nodes that reach the target loss, then try to do without every node and every edge that is
+left, one at a time (the paper did this by hand and kept all edges).
 """
 import dataclasses
 import functools
@@ -326,7 +326,7 @@ def mean_activations(model, ids):
 
 class Whole:
     """Runs cuts of a model on fixed prompts, plainly: the whole model with a hook that freezes
-    nodes. The reference: what is reported and checked is computed so."""
+    nodes. The reference: the losses that are saved with a circuit are computed so."""
 
     def __init__(self, model, fill, prompts):
         self.model, self.fill, self.parts = model, fill, prompts.parts()
@@ -366,7 +366,7 @@ def resampled(model, prompts, text, rng):
 
 class Resampled(Whole):
     """The same with deleted nodes at what they are on other text instead of a constant: a stronger
-    ablation, as it also brings misleading values. Deleted edges stay frozen at the mean."""
+    ablation, as it also brings misleading values. Deleted edges stay frozen at `fill`."""
 
     def __init__(self, model, fill, prompts, text, rng):
         super().__init__(model, fill, prompts)
@@ -381,8 +381,9 @@ class Resampled(Whole):
 
 class Compact(Whole):
     """The same numbers, to rounding, from the kept rows and columns alone: what it costs to try a
-    cut. 34 times as fast on a circuit of 21 nodes of 5,888. A cut that is like an earlier one up to
-    some step (a block's attention, or its MLP) is run from there: trials differ in one place."""
+    cut. 34 times as fast on 21 nodes of the 5,888 of a model of width 256. A cut that is like an
+    earlier one up to some step (a block's attention, or its MLP) is run from there: trials differ
+    in one place."""
 
     def __init__(self, model, fill, prompts):
         super().__init__(model, fill, prompts)
@@ -535,7 +536,8 @@ class Settings:
     target: float = 0.15     # binary loss in nats that the circuit may have, calibrated
     ablation: str = "mean"   # what deleted nodes are frozen at: their mean, zero, or resample
     tied: bool = True        # query and key channels share a mask
-    runs: int = 3            # mask trainings, each with other hyperparameters and another seed
+    runs: int = 3            # mask trainings, each with other hyperparameters and another seed; one
+                             # more if those fell just short
     steps: int = 400         # of each
     pairs: int = 8           # prompt pairs a step
     search_pairs: int = 64   # pairs that the loss is measured on, and as many to calibrate on
@@ -581,6 +583,9 @@ class Problem:
     """
 
     def __init__(self, model, fill, task, settings, nonsense=False, text=None):
+        if settings.ablation == "resample" and text is None:
+            raise sg.UserError("--ablation resample goes with --compare only: a circuit that is "
+                               "saved stands on constants")
         self.model, self.fill, self.task, self.settings = model, fill, task, settings
         self.text = text  # to resample deleted nodes from, if they are not to be constant
         self.pool = make_prompts(model, task, 2 * settings.search_pairs, settings.seed,
@@ -859,7 +864,8 @@ def curve(problem, progress):
 
 def clean(problem, cut, stage, progress):
     """(cut, calibration, loss) less every node and every edge that can go alone, one after
-    another, until none can, and every orphan. A circuit of over TOO_LARGE edges stays as it is."""
+    another, until none can, and the orphans if the loss allows. A circuit of over TOO_LARGE edges
+    stays as it is."""
     model, target = problem.model, problem.settings.target
     calibration = problem.fit(cut)
     if problem.size(cut)[1] > TOO_LARGE:
@@ -923,11 +929,19 @@ class Study:
         self.model, self.ablation = model, ablation
         self.text = text_windows(model, windows)
         self.fingerprint = fingerprint(model)
-        self.fill = self.frozen(model)
-        self.shuffled = shuffled(model)
-        self.shuffled_fill = self.frozen(self.shuffled)
+        self.fill = self.constants(model)
 
-    def frozen(self, model):
+    @functools.cached_property
+    def shuffled(self):
+        """The model with its weights shuffled."""
+        return shuffled(self.model)
+
+    @functools.cached_property
+    def shuffled_fill(self):
+        """What its deleted nodes are frozen at."""
+        return self.constants(self.shuffled)
+
+    def constants(self, model):
         """The values by node that deleted nodes are frozen at."""
         if self.ablation == "zero":
             return np.zeros(n_nodes(model.cfg), model.cfg.dtype)
@@ -1040,7 +1054,8 @@ def check_necessity(problem, cut, draws=10):
     return check("necessity", loss > max(0.35, other[-2]), f"the full model without the circuit's "
                  f"{cut.keep.sum()} nodes: loss {loss:.3f}; without as many random ones at the "
                  f"same places, {draws} draws: {spread(other)} (passes over 0.35, half a coin "
-                 "toss, and over nine of the ten)", loss=loss, random=other[-2])
+                 "toss, and over nine of the ten)", loss=loss, random=other[-2],
+                 median=np.median(other))
 
 
 def check_random(problem, cut, draws=10):
@@ -1899,7 +1914,8 @@ def summary_page(rows, points):
 def compare_one(studies, settings, job):
     """What one model does with one task, job being (number of its Study, task): its `curve`, the
     same by attribution, and at the settings' target its circuit cleaned and the full model's loss
-    without just the circuit's nodes, or as many random ones (paper Figure 32)."""
+    without just the circuit's nodes, or as many random ones, the median of ten draws (paper Figure
+    32)."""
     study, task = studies[job[0]], job[1]
     row = dict(model=study.fingerprint, task=task, full=None, points=[], by_attribution=[],
                cleaned=None, without=None, random=None)
@@ -1920,27 +1936,29 @@ def compare_one(studies, settings, job):
             row["by_attribution"].append(dict(task=task, target=target,
                                               edges=problem.size(ranked)[1]))
         if target == settings.target and settings.ablation != "resample":  # its trials take long
-            last = clean(problem, cut, lambda *_: None, progress)[0]
-            row["cleaned"] = dict(zip(("nodes", "edges"), problem.size(last)))
+            if size[1] <= TOO_LARGE:  # else `clean` leaves it as it is
+                last = clean(problem, cut, lambda *_: None, progress)[0]
+                row["cleaned"] = dict(zip(("nodes", "edges"), problem.size(last)))
         if target == settings.target:
             needed = check_necessity(problem, cut)
-            row |= {"without": needed["loss"], "random": needed["random"]}
+            row |= {"without": needed["loss"], "random": needed["median"]}
     return row
 
 
 def compare(studies, settings, folder, workers, names, log=print):
     """Prune the named tasks in several models alike, and report size against loss: the first
-    model's edges over each other's. What compare.json has already, of these models or others, is
-    kept. Raises UserError if it is of other settings."""
-    path, began, rows = Path(folder, "compare.json"), time.perf_counter(), []
+    model's edges over each other's, seeds of a model pooled. What compare.json has already, of
+    these models or others, is kept. Raises UserError if it is of other settings."""
+    path, began, rows, known = Path(folder, "compare.json"), time.perf_counter(), [], {}
     head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
                                       aims=AIMS)))
     prints = [study.fingerprint for study in studies]
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        same, rows = [old[k] for k in head] == list(head.values()), old["rows"]
+        same = all(old[k] == v for k, v in head.items())
+        rows, known = old["rows"], {m["model"]: m for m in old["models"]}
     except (OSError, ValueError, KeyError, TypeError):
-        same = True  # nothing there that could be of use
+        same = True  # nothing is there that could be of use
     if not same:
         raise sg.UserError(f"{path} is of other settings: give another --out, or delete it")
     have = {(row["model"], row["task"]) for row in rows}
@@ -1949,13 +1967,14 @@ def compare(studies, settings, folder, workers, names, log=print):
     for n, row in enumerate(on_cores(functools.partial(compare_one, studies, settings), jobs,
                                      workers), 1):
         rows.append(row)
-        write_text(path, json.dumps({**head, "rows": rows}))
+        write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
         at = {p["target"]: p["edges"] for p in row["points"]}
         left = (time.perf_counter() - began) / n * (len(jobs) - n)
         log(f"{n:>3} of {len(jobs)}  {studies[prints.index(row['model'])].model.cfg.out:<20} "
             f"{row['task']:<27} {at.get(settings.target, 'no')} edges; {sg.clock(left)} left")
-    kinds = by_kind([about(study) for study in studies])
-    write_text(path, json.dumps({**head, "models": sum(kinds, []), "rows": rows}))
+    models = [about(study) for study in studies]
+    known, kinds = {**known, **{m["model"]: m for m in models}}, by_kind(models)
+    write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
     shown = [row for row in rows if row["task"] in names]
     text = comparison(kinds, shown, settings.target)
     log(text)
@@ -2064,7 +2083,7 @@ def comparison(kinds, rows, target):
     out += table_of(f"at {target:g}", [("learned masks", "points", target),
                                        ("the same, cleaned", "cleaned", target),
                                        ("attribution", "by_attribution", target)])
-    out += ["edges: geometric means over the tasks (of every seed) that every model reaches, 0 "
+    out += ["edges: geometric means over the tasks (of every seed) that all models reach, 0 "
             "counted as 1; spread: one standard deviation of their ratios, as a factor", "",
             f"{'at ' + format(target, 'g'):<28}" + "".join(
                 f"{'loss ' + c:>{9 if len(runs) == 1 else 18}}{'edges':>{8 * len(runs)}}"
@@ -2214,8 +2233,8 @@ def prune_all(study, settings, folder, seeds, with_sweep, workers, log=print):
 def make_parser():
     """The flags."""
     parser = tasks.Parser(description="Cut a trained model down to the circuit of a task.")
-    parser.add_argument("task", nargs="*", help="a task's name (see tasks.py), or all; several "
-                        "with --compare, which does all unless told")
+    parser.add_argument("task", nargs="*", help="a task's name (see tasks.py), or all; with "
+                        "--compare several may stand before it, and none means all")
     parser.add_argument("--model", help="checkpoint (default out/sparse.npz; with --check, the "
                         "circuit's own)")
     parser.add_argument("--out", default="circuits", help="folder for circuits (default circuits)")
@@ -2340,10 +2359,12 @@ def run_compare(args, settings):
     models = [load_model(path) for path in args.compare]
     if any(m.tok.merges != models[0].tok.merges for m in models):
         raise sg.UserError("--compare: the models have different tokenizers")
-    kinds = Counter(kind_of(m.cfg) for m in models)
-    if len(kinds) > 1 and len(set(kinds.values())) > 1:
+    kinds = by_kind([dict(kind=kind_of(m.cfg), seed=m.cfg.seed) for m in models])
+    if len(set(map(len, kinds))) > 1:
         raise sg.UserError("--compare: give as many seeds of each model; of these there are "
-                           + " and ".join(map(str, kinds.values())))
+                           + " and ".join(str(len(kind)) for kind in kinds))
+    if len(kinds) > 8:
+        raise sg.UserError(f"--compare: at most 8 models, their seeds apart, not {len(kinds)}")
     check_folder(args.out, ["compare"])
     compare([Study(m, settings.ablation) for m in models], settings, args.out,
             max(m.cfg.threads or sg.n_cores() for m in models), args.task or list(tasks.TASKS))
@@ -2359,9 +2380,6 @@ def settings_of(args):
                                f"not {getattr(args, name)}")
     if args.ablation not in ("mean", "zero", "resample"):
         raise sg.UserError(f"--ablation must be mean, zero or resample, not {args.ablation!r}")
-    if args.ablation == "resample" and args.compare is None:
-        raise sg.UserError("--ablation resample goes with --compare only: a circuit that is saved "
-                           "stands on constants")
     return Settings(target=args.target, ablation=args.ablation, tied=not args.untied,
                     seed=args.seed)
 

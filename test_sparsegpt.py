@@ -2631,6 +2631,11 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys):
     before = Path("c/compare.json").read_bytes()
     status, _, err = run_prune(capsys, line + " --target 0.3")
     assert status == 2 and "other settings" in err and Path("c/compare.json").read_bytes() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune, "TOO_LARGE", 1)
+        row = prune.compare_one([prune.Study(wired())], dataclasses.replace(FEW, steps=60),
+                                (0, "cue"))
+        assert row["points"] and row["cleaned"] is None  # what is left as it is, is not cleaned
 
 
 def test_circuits_for_resampled_values_are_found_by_resampled_values(brief, capsys):
