@@ -839,26 +839,25 @@ def search(problem, progress, seed=0):
 
 
 def curve(problem, progress):
-    """[(target, cut, (nodes, edges))]: the smallest cut by rank at each target of SWEEP that can be
-    reached; every nonzero weight between its nodes counts (the paper's rule). Masks are trained for
-    each of AIMS, and a target takes the best of their rankings. Not asked for: what the full model
-    does not reach by itself, which would take all of it and a calibration. It is trained for once,
+    """[(target, cut, (nodes, edges))], targets rising: the smallest cut by rank at each target of
+    SWEEP; every nonzero weight between its nodes counts (the paper's rule). Masks are trained for
+    each of AIMS, and a target takes the best of their rankings. Targets under the full model's own
+    loss are skipped: they would take all of it and a calibration. One aim under it is trained for,
     for the sake of targets just above it, which masks that aim at them may not reach."""
-    found, least = {}, full_loss(problem)
+    least, rankings = full_loss(problem), []
     for i, aim in enumerate(AIMS[:1 + sum(aim > least for aim in AIMS)]):
         order, tau = learn_masks(problem, *TRIALS[0], [problem.settings.seed, i], progress,
                                  aim_below(aim, least))
-        losses_ = functools.cache(lambda n, order=order: problem.loss(first(order, n)))
-        for target in [target for target in SWEEP if target >= least]:
-            cut = bisect(order, lambda c: losses_(int(c.keep.sum())) <= target,
-                         int((tau >= 0).sum()))
-            if cut is not None:
-                found[target] = min(found.get(target, ((math.inf,), None)),
-                                    (problem.size(cut)[::-1], cut), key=lambda f: f[0])
-    out, best = [], ((math.inf,), None)
-    for target in sorted(found):  # what reaches a lower target reaches this one
-        best = min(best, found[target], key=lambda f: f[0])
-        out.append((target, best[1], best[0][::-1]))
+        loss = functools.cache(lambda n, order=order: problem.loss(first(order, n)))
+        rankings.append((order, int((tau >= 0).sum()), loss))
+    out, best = [], (math.inf, math.inf, None)  # edges, nodes, cut
+    for target in sorted(target for target in SWEEP if target >= least):
+        for order, learned, loss in rankings:
+            cut = bisect(order, lambda c: loss(int(c.keep.sum())) <= target, learned)
+            if cut is not None:  # what reaches a lower target reaches this one
+                best = min(best, (*problem.size(cut)[::-1], cut), key=lambda found: found[:2])
+        if best[2] is not None:
+            out.append((target, best[2], best[1::-1]))
     return out
 
 
@@ -1434,14 +1433,14 @@ def listing(circuit):
 def explain(example):
     """One pair of prompts through a circuit, as text: activations at each node on each token."""
     lines, names = [], list(example["values"])
-    for start in range(0, len(names), 8):
-        some = names[start:start + 8]
+    for start in range(0, len(names), 7):
+        some = names[start:start + 7]
         for p, tokens in enumerate(example["prompts"]):
             lines.append(f"\nprompt {p + 1}, right answer {example['answers'][p]}, calibrated "
                          f"margin {example['margins'][p]:+.3f}")
-            lines.append(f"{'':<14}" + "".join(f"{name:>14}" for name in some))
+            lines.append(f"{'':<14}" + "".join(f"{name:>16}" for name in some))
             for t, text in enumerate(tokens):
-                lines.append(f"{text:<14}" + "".join(f"{example['values'][name][p][t]:>14.3f}"
+                lines.append(f"{text:<14}" + "".join(f"{example['values'][name][p][t]:>16.3f}"
                                                      for name in some))
     return "\n".join(lines)
 
@@ -1449,19 +1448,19 @@ def explain(example):
 def ask(circuit, model, texts):
     """Lines of text: what the full model and a circuit of it make of prompts of one's own, between
     the answers of the task's first pair. Raises UserError on a prompt that is of no use."""
-    answers, lines = tasks.pairs(circuit.task, 1, circuit.settings.seed)[0].answers, []
-    lines.append(f"first answer {answers[0]!r}, second {answers[1]!r}; first over second, logits:")
+    answers = tasks.pairs(circuit.task, 1, circuit.settings.seed)[0].answers
+    lines = [f"first answer {answers[0]!r}, second {answers[1]!r}; first over second, logits:"]
     every = Cut(np.ones_like(circuit.cut.keep))
     for text in texts:
         try:
-            ids, *two = sg.deciding_tokens(model.tok, text, *answers)
+            ids, right, wrong = sg.deciding_tokens(model.tok, text, *answers)
             if len(ids) > model.cfg.n_ctx:
                 raise ValueError(f"it has {len(ids)} tokens, over the context of {model.cfg.n_ctx}")
         except ValueError as e:
             raise sg.UserError(f"--ask {text!r}: {e}") from e
-        one = Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, *two, 1)))
-        run = Whole(model, circuit.fill, one)
-        full, own = (how.margins(run.logits(cut), one)[0] for cut, how in (
+        one = Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, right, wrong, 1)))
+        whole = Whole(model, circuit.fill, one)
+        full, own = (how.margins(whole.logits(cut), one)[0] for cut, how in (
             (every, Calibration()), (circuit.cut, circuit.calibration)))
         lines.append(f"full model {full:+8.3f}  circuit {own:+8.3f}  {text!r}")
     return lines
