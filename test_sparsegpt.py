@@ -503,6 +503,9 @@ def test_gradcheck_passes_and_can_fail(backend, monkeypatch):
     assert sg.gradcheck(quiet) < 1e-6
     monkeypatch.setattr(sg, "rmsnorm_backward", scaled(sg.rmsnorm_backward))
     assert sg.gradcheck(quiet) > 1e-4
+    monkeypatch.setattr(sg, "rmsnorm_backward", lambda dout, cache: math.nan * dout)
+    with np.errstate(invalid="ignore"):
+        assert not sg.gradcheck(quiet) <= 1e-6
 
 
 @given(cfg=configs(), seed=SEEDS, data=st.data())
@@ -830,7 +833,7 @@ def test_density_falls_linearly_from_one_to_its_target(steps, ends, target):
     for step, density in enumerate(seen):
         part = 1.0 if step >= end else 0.0 if step <= start else (step - start) / (end - start)
         assert density == pytest.approx(1 - (1 - target) * part, abs=1e-12)
-    assert (np.diff(seen) <= 0).all()
+    assert (np.diff(seen) <= 0).all() and seen[-1] == target  # to the last bit
 
 
 @given(steps=st.integers(1, 400), warmup=st.floats(0, 1), density=st.floats(1e-3, 1),
@@ -1569,7 +1572,8 @@ def files():
     ("--sample x --out cut.npz", "cut.npz"), ("--sample x --out hollow", "hollow"),
     ("--resume --out none.npz", "no unfinished run"), ("--resume --lr 0.5 --out run.npz", "--lr"),
     ("--resume --out cut.npz", "cut.npz.partial"), ("--out run.npz", "unfinished run"),
-    ("--out short.txt", "no checkpoint"), ("--data prose.txt,,", "empty path"),
+    ("--out short.txt", "no checkpoint"), ("--out other.zip", "no checkpoint"),
+    ("--data prose.txt,,", "empty path"),
     ("--sample x --bench", "not allowed with"), ("--dense --quick", "not allowed with")])
 def test_wrong_input_is_one_line_and_status_two(line, said, prose, capsys):
     """No traceback, nothing written over, and the line names what is wrong."""
@@ -1578,6 +1582,8 @@ def test_wrong_input_is_one_line_and_status_two(line, said, prose, capsys):
     write({"binary/a": b"\xff\xfe", "short.txt": b"x", "garbage.npz": b"PK\x03\x04!",
            "cut.npz": whole[:-99], "cut.npz.partial": whole[:999], "run.npz.partial": whole,
            "model.npz": whole})
+    np.savez("other", np.zeros(3))
+    Path("other.npz").rename("other.zip")
     before = files()
     base = [] if "--sample" in line or "--resume" in line else flags()  # of --out model.npz
     status, _, err = run_main(capsys, *base, *line.split())
