@@ -982,8 +982,11 @@ def on_cores(fn, items, workers):
     finally:
         if main_thread:
             signal.signal(signal.SIGINT, before)
-    with pool:  # its end stops all of them
+    with pool:  # its end stops all of them, in the middle of their work if need be
         yield from pool.imap_unordered(fn, items)
+        # Done, they end by themselves: a signal that comes just before a worker waits is not heard.
+        pool.close()
+        pool.join()
 
 
 def start_worker():
