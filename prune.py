@@ -6,7 +6,7 @@ Source: Gao et al., arXiv 2511.13653 (2025), "the paper", sections 2.2 and A.5.
     python prune.py all                     # every task, and circuits/summary.html
 
 A *node* is one channel at one of a block's eight places, or of the final normed residual, over all
-positions and prompts at once; a deleted one is frozen, at its mean over training text. An *edge* is
+positions and prompts at once; a deleted one is frozen at its mean over training text. An *edge* is
 a nonzero weight between two kept nodes; a deleted one is frozen at the weight times the mean of
 the node that it comes from. Biases, embeddings and unembeddings are never pruned.
 
@@ -330,6 +330,7 @@ class Whole:
 
     def __init__(self, model, fill, prompts):
         self.model, self.fill, self.parts = model, fill, prompts.parts()
+        self.fills = [fill] * len(self.parts)  # what the deleted nodes of each part are
         order = np.argsort(prompts.last, kind="stable")
         self.prompts = prompts.rows(order)  # in the order of the logits
 
@@ -351,8 +352,8 @@ class Whole:
         """The logits at the deciding positions [n, V], on the host."""
         cfg, params = self.model.cfg, self.params(cut)
         return np.concatenate([sg.to_host(sg.forward(
-            params, part.ids, cfg, Ablation(cut.keep, self.fill, cfg), at=part.last)[0])
-            for part in self.parts])
+            params, part.ids, cfg, Ablation(cut.keep, fill, cfg), at=part.last)[0])
+            for part, fill in zip(self.parts, self.fills)])
 
 
 def resampled(model, prompts, text, rng):
@@ -370,13 +371,7 @@ class Resampled(Whole):
 
     def __init__(self, model, fill, prompts, text, rng):
         super().__init__(model, fill, prompts)
-        self.others = [resampled(model, part, text, rng) for part in self.parts]
-
-    def logits(self, cut):
-        cfg, params = self.model.cfg, self.params(cut)
-        return np.concatenate([sg.to_host(sg.forward(
-            params, part.ids, cfg, Ablation(cut.keep, other, cfg), at=part.last)[0])
-            for part, other in zip(self.parts, self.others)])
+        self.fills = [resampled(model, part, text, rng) for part in self.parts]
 
 
 class Compact(Whole):
@@ -587,14 +582,15 @@ class Problem:
             raise sg.UserError("--ablation resample goes with --compare only: a circuit that is "
                                "saved stands on constants")
         self.model, self.fill, self.task, self.settings = model, fill, task, settings
-        self.text = text  # to resample deleted nodes from, if they are not to be constant
+        # What the values of deleted nodes are drawn from, where they are not constant.
+        self.text = text if settings.ablation == "resample" else None
         self.pool = make_prompts(model, task, 2 * settings.search_pairs, settings.seed,
                                  nonsense=nonsense)
         n = len(self.pool.last)
         half = n // 4 * 2 or n  # whole pairs
         self.judged = self.pool.rows(np.arange(half))
         self.on, self.fit_on = (
-            Compact(model, fill, prompts) if text is None else
+            Compact(model, fill, prompts) if self.text is None else
             Resampled(model, fill, prompts, text, np.random.default_rng(settings.seed))
             for prompts in (self.judged, self.pool.rows(np.arange(n - half, n))))
 
@@ -1922,8 +1918,7 @@ def compare_one(studies, settings, job):
     row = dict(model=study.fingerprint, task=task, full=None, points=[], by_attribution=[],
                cleaned=None, without=None, random=None)
     try:
-        problem = Problem(study.model, study.fill, task, settings,
-                          text=study.text if settings.ablation == "resample" else None)
+        problem = Problem(study.model, study.fill, task, settings, text=study.text)
     except CannotPrune:
         return row
     row["full"] = full_loss(problem)
@@ -1937,11 +1932,11 @@ def compare_one(studies, settings, job):
         if ranked is not None:
             row["by_attribution"].append(dict(task=task, target=target,
                                               edges=problem.size(ranked)[1]))
-        if target == settings.target and settings.ablation != "resample":  # its trials take long
-            if size[1] <= TOO_LARGE:  # else `clean` leaves it as it is
+        if target == settings.target:
+            # Not where a trial takes long, or `clean` would leave all as it is.
+            if settings.ablation != "resample" and size[1] <= TOO_LARGE:
                 last = clean(problem, cut, lambda *_: None, progress)[0]
                 row["cleaned"] = dict(zip(("nodes", "edges"), problem.size(last)))
-        if target == settings.target:
             needed = check_necessity(problem, cut)
             row |= {"without": needed["loss"], "random": needed["median"]}
     return row

@@ -7,8 +7,9 @@ Python. The two prompts differ only in what decides the answer:
     print("good morning   ->  ")        print('good morning   ->  ')
 
 `idiom` strings random sides together into training documents; `pairs` keeps the prompts and the
-answers and drops the rest. No test can be answered from memory, because names and words are dealt
-out to three splits (train, eval, held) that share none of them; training has made-up ones too.
+answers and drops the rest. Names and words are dealt out to three splits (train, eval, held) that
+share none of them, and training has made-up ones too, so that a test cannot be answered from what
+followed its names in a snippet. (Library code has names of its own, some of them the same.)
 
     python tasks.py                        three pairs of every task
     python tasks.py var_swap --n 10        ten pairs of one
@@ -77,8 +78,8 @@ CODAS = "b ck d g l ll m n nd ng nt p r rd rk rt s ss st t th v x".split()
 
 @functools.cache
 def invented(n: int = 30_000) -> list[list[str]]:
-    """n different made-up words, like `zobe` or `twendal`, in groups of one first letter, a tenth
-    of which are the letter alone; none of them is in the lists above.
+    """n different made-up words, like `zobe` or `twendal`, none of them a name, a word or a verb of
+    the lists above, in groups of one first letter; with every letter alone, n / 260 times.
 
     Training draws most of its names and words from these. From a few dozen real ones, and still
     from thousands of one make, a model learns what follows each of them, not what follows a name,

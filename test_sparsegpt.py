@@ -2647,16 +2647,17 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys):
 def test_circuits_for_resampled_values_are_found_by_resampled_values(brief, capsys):
     """Masks, losses and sizes are of the stronger ablation: what is said to reach the target does,
     with the deleted nodes at values of other text."""
-    study, settings = prune.Study(wired(), "resample"), dataclasses.replace(FEW, steps=60)
+    settings = dataclasses.replace(FEW, steps=60, ablation="resample")
+    study = prune.Study(wired(), settings.ablation)
     problem = prune.Problem(study.model, study.fill, "cue", settings, text=study.text)
     keep = prune.random_like(np.arange(len(study.fill)) % 2 > 0, np.random.default_rng(0),
                              study.model.cfg)
-    part, other = problem.on.parts[0], problem.on.others[0]
+    part, other = problem.on.parts[0], problem.on.fills[0]
     for place, x in other.items():
         [*_, C] = x.shape
         assert len(x) in (part.ids.size, len(part.last)) and C == len(study.fill[
             prune.node_slices(study.model.cfg)[place]])
-    frozen = prune.Problem(study.model, study.fill, "cue", settings)
+    frozen = prune.Problem(study.model, study.fill, "cue", FEW)
     assert abs(problem.loss(prune.Cut(keep)) - frozen.loss(prune.Cut(keep))) > 1e-3
     every = prune.Cut(np.ones_like(keep))
     assert np.allclose(problem.on.logits(every), frozen.on.logits(every), atol=1e-4)
