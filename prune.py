@@ -2,7 +2,7 @@
 
 Source: Gao et al., arXiv 2511.13653 (2025), "the paper", sections 2.2 and A.5.
 
-    python prune.py single_double_quote     # after python sparsegpt.py; about a minute
+    python prune.py single_double_quote     # after python sparsegpt.py; two minutes
     python prune.py all                     # every task, and circuits/summary.html
 
 A *node* is one channel at one of a block's eight places, or of the final normed residual, over all
@@ -2119,7 +2119,7 @@ def runs_within(seconds, cfg, settings):
     """Mask trainings a search that fit into a budget: a count by the model's size, not a clock, so
     that the same command gives the same circuit on any machine."""
     weights = sum(math.prod(sg.shapes(cfg)[name]) for name in matrices(cfg))
-    one = 1.5e-8 * settings.steps * settings.pairs * weights  # of all searches, on two cores
+    one = 3e-8 * settings.steps * settings.pairs * weights  # of all searches, on two cores
     return max(1, min(len(TRIALS), int(seconds / one)))
 
 
@@ -2242,9 +2242,9 @@ def make_parser():
                         "what they are on other text")
     parser.add_argument("--untied", action="store_true",
                         help="a mask for queries and one for keys")
-    parser.add_argument("--budget", type=float, default=60, metavar="SECONDS",
-                        help="about how long a task may take on two cores (default 60: three ways "
-                        "to train the masks of the default model; under 38 it is one)")
+    parser.add_argument("--budget", type=float, default=120, metavar="SECONDS",
+                        help="about how long a task may take on two cores (default 120: three ways "
+                        "to train the masks of the default model; under 76 it is one)")
     parser.add_argument("--seeds", type=int, default=2,
                         help="searches to compare, from different masks (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and masks (default 0)")
