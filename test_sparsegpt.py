@@ -2693,6 +2693,9 @@ def test_seeds_of_a_model_are_pooled_and_shown_apart():
     assert re.search(r"\nB +4 +0.500 +0.250$", text) and "WARNING" not in text
     twice = prune.by_kind([model("s0", "sparse", 0), model("copy", "sparse", 0)])
     assert [len(kind) for kind in twice] == [1, 1]
+    short, long = sg.Config(steps=10, seed=1, out="short.npz"), sg.Config()
+    assert prune.kind_of(short) == prune.kind_of(long)  # equal loss may take fewer steps
+    assert prune.kind_of(dataclasses.replace(short, lr=1.0)) != prune.kind_of(long)
 
 
 def test_an_interrupted_search_is_status_130_and_the_next_one_runs(brief, capsys, monkeypatch):
