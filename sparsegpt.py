@@ -337,7 +337,7 @@ class Config:
 
 SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages",
         "__pycache__"}  # of the standard library: not plain code
-IDIOM_BYTES = 12_000_000  # of generated idioms: a default run sees each of them about three times
+IDIOM_BYTES = 12_000_000  # of generated idioms: a default run sees each of them once or twice
 
 
 def source_files(source):
