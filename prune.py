@@ -2267,6 +2267,22 @@ def make_parser():
     return parser
 
 
+# Which of the flags that decide a search each of the other modes has a use for.
+TAKES = {"check": ["model"], "compare": ["out", "target", "ablation", "untied", "seed"],
+         "explain": ["model", "out"], "ask": ["model", "out"],
+         "set": ["model", "seed"], "ablate": ["model", "seed"]}
+
+
+def refuse_unused(args, parser):
+    """Raise UserError on a flag that the mode asked for would not look at."""
+    for mode, takes in TAKES.items():
+        if getattr(args, mode) not in (None, False, []):
+            for flag in ("model", "out", "target", "ablation", "untied", "budget", "seeds", "seed",
+                         "sweep"):
+                if flag not in takes and getattr(args, flag) != parser.get_default(flag):
+                    raise sg.UserError(f"--{mode} takes no --{flag}")
+
+
 def nodes_to_set(args, model):
     """{node number: value} of --set and --ablate. Raises UserError on what is no node or no
     number."""
@@ -2291,12 +2307,12 @@ def nodes_to_set(args, model):
 
 def run(argv):
     """What `main` does, if nothing goes wrong."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    refuse_unused(args, parser)
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
     sg.set_blas_threads(1)  # as in every worker, so that the last digits do not tell which it was
     settings = settings_of(args)
-    if args.sweep and (args.check is not None or args.compare is not None):
-        raise sg.UserError("--check and --compare take no --sweep")
     if len(args.task) > 1 and args.compare is None or args.task and args.check is not None:
         raise sg.UserError("name one task, or all; several go with --compare only, and --check "
                            "takes no task")
@@ -2315,11 +2331,9 @@ def run(argv):
         return run_compare(args, settings)
     if not args.task:
         raise sg.UserError(f"name a task, or all; tasks: {', '.join(tasks.TASKS)}")
-    [task], one_task = args.task, args.explain or args.ask or args.set or args.ablate
-    if task == "all" and one_task:
+    [task] = args.task
+    if task == "all" and (args.explain or args.ask or args.set or args.ablate):
         raise sg.UserError("--explain, --ask, --set and --ablate take one task, not all")
-    if args.sweep and one_task:
-        raise sg.UserError("--sweep goes with none of --explain, --ask, --set and --ablate")
     model = load_model("out/sparse.npz" if args.model is None else args.model)
     path = Path(args.out, f"{task}.json")
     if args.explain or args.ask:

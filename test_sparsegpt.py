@@ -2513,14 +2513,21 @@ def brief(cues, monkeypatch):
     ("cue wide --explain", "one task"), ("all --compare model.npz model.npz", "cue"),
     ("all --ask <", "one task"), ("cue --ask < --ask " + 99 * "<", "context"),
     ("--compare model.npz none.npz", "none.npz"),
-    ("--compare model.npz model.npz --target 0.4", "one of 0.3")])
+    ("--compare model.npz model.npz --target 0.4", "one of 0.3"),
+    ("--compare model.npz model.npz --model model.npz", "no --model"),
+    ("--compare model.npz model.npz --budget 9", "no --budget"),
+    ("--compare model.npz model.npz --sweep", "no --sweep"),
+    ("--check circuits/cue.json --target 0.2", "no --target"),
+    ("cue --explain --seeds 3", "no --seeds"), ("cue --ask < --seed 3", "no --seed"),
+    ("cue --set final.1=0 --out c", "no --out"), ("cue --ablate final.1 --untied", "no --untied")])
 def test_a_mistake_in_pruning_is_one_line_and_status_two(brief, line, said, capsys):
     """No traceback, nothing written, nothing printed beside the line that says what is wrong."""
     write_circuit()
     sg.save("other.npz", wired(seed=1))
     write({"text.txt": b"x", "cut.npz": Path("model.npz").read_bytes()[:-99], "c/a": b""})
     before = files()
-    status, out, err = run_prune(capsys, line + " --model model.npz" * ("--model" not in line))
+    has_model = "--model" in line or "--compare" in line
+    status, out, err = run_prune(capsys, line + " --model model.npz" * (not has_model))
     assert (status, out, err.count("\n")) == (2, "", 1) and "Traceback" not in err and said in err
     assert files() == before
 
