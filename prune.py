@@ -2267,18 +2267,18 @@ def make_parser():
     return parser
 
 
-# Which of the flags that decide a search each of the other modes has a use for.
-TAKES = {"check": ["model"], "compare": ["out", "target", "ablation", "untied", "seed"],
-         "explain": ["model", "out"], "ask": ["model", "out"],
-         "set": ["model", "seed"], "ablate": ["model", "seed"]}
+# A search takes all of these flags; each other mode, only those that it would look at.
+SEARCH = ("model", "out", "target", "ablation", "untied", "budget", "seeds", "seed", "sweep")
+TAKES = {"check": ("model",), "compare": ("out", "target", "ablation", "untied", "seed"),
+         "explain": ("model", "out"), "ask": ("model", "out"),
+         "set": ("model", "seed"), "ablate": ("model", "seed")}
 
 
 def refuse_unused(args, parser):
-    """Raise UserError on a flag that the mode asked for would not look at."""
+    """Raise UserError on a flag of a search that the mode asked for would not look at."""
     for mode, takes in TAKES.items():
         if getattr(args, mode) not in (None, False, []):
-            for flag in ("model", "out", "target", "ablation", "untied", "budget", "seeds", "seed",
-                         "sweep"):
+            for flag in SEARCH:
                 if flag not in takes and getattr(args, flag) != parser.get_default(flag):
                     raise sg.UserError(f"--{mode} takes no --{flag}")
 
