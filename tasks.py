@@ -1,4 +1,5 @@
-"""Twenty things a small model can know about Python, as text to train on and pairs to test with.
+"""The text: twenty things a small model can know about Python, as snippets to train on and pairs
+to test with; the documents of a corpus; and the tokenizer.
 
 Every behaviour (arXiv 2511.13653, section 2.2 and Table 1) is written down once, as a function
 that makes two *sides*. A side is `(prompt, answer, rest)`, and `prompt + answer + rest` is valid
@@ -23,16 +24,24 @@ the very ones a model was trained on, and appending it leaves the prompt's token
 import argparse
 import difflib
 import functools
+import hashlib
 import keyword
+import math
 import os
 import random
 import re
 import signal
 import string
 import sys
+import sysconfig
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
+
 
 class UserError(ValueError):
     """Something the user can put right: a command prints it as one line and ends with status 2."""
@@ -549,6 +558,176 @@ def idiom(rng: random.Random) -> str:
     return w.pick("\n", "\n\n").join(snippets) + "\n"
 
 
+# ---- documents and tokenizer --------------------------------------------------------------------
+
+SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages",
+        "__pycache__"}  # folders of the standard library that hold no plain code
+
+
+def source_files(source):
+    """Sorted paths of the files behind one entry of --data. Raises UserError if there is none."""
+    root = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source)
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    if source == "stdlib":
+        files = [p for p in files
+                 if p.suffix == ".py" and SKIP.isdisjoint(p.relative_to(root).parts)]
+    if not source or not files:
+        raise UserError(f"--data {source!r}: there is no such file, or no file in it")
+    return files
+
+
+def read_documents(data, max_mb=0.0, log=print):
+    """The texts behind --data, one per file. Files that are not UTF-8 text are skipped and
+    counted. Raises UserError where there is no text."""
+    texts, skipped = [], 0
+    for source in data.split(","):
+        size = 0
+        for path in source_files(source):
+            if max_mb and size >= max_mb * 1e6:
+                break
+            try:
+                text = path.read_text("utf-8")
+            except UnicodeDecodeError:
+                text = "\0"
+            if "\0" in text:
+                skipped += 1
+            elif text.strip():
+                texts.append(text)
+                size += len(text)
+    if skipped:
+        log(f"data: skipped {skipped} files that are not UTF-8 text")
+    if not texts:
+        raise UserError(f"--data {data}: every file is empty or not UTF-8 text")
+    return texts
+
+
+def idiom_documents(n_bytes, seed=0):
+    """Generated simple idioms, about n_bytes of them; the paper mixes in such text too (A.2)."""
+    rng, texts, size = random.Random(seed), [], 0
+    while size < n_bytes:
+        texts.append(idiom(rng))
+        size += len(texts[-1])
+    return texts
+
+
+def split(texts):
+    """(training documents, validation documents). A document's own content decides, so none is on
+    both sides. Too few to fill both sides are first cut at blank lines."""
+    def held_out(text):
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] < 13  # 5 %
+
+    for docs in texts, re.findall(r"(?s).+?(?:\n\n+|\Z)", "\n\n".join(texts)):
+        train, val = ([d for d in docs if held_out(d) == side] for side in (False, True))
+        if train and val:
+            return train, val
+    raise UserError("--data: too little text to hold some out for validation; add more")
+
+
+# A word with the space before it, a digit, a run of punctuation, a newline with the indentation
+# after it, other white space. Every character is in exactly one piece.
+PIECES = re.compile(r"\n *| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z_0-9]+|[^\S\n]+")
+
+
+class Tokenizer:
+    """Byte-level BPE: tokens 0..255 are the bytes, 256 separates documents, the rest are merges in
+    the order in which they were learned. decode(encode(s)) == s for every string s.
+
+    >>> t = Tokenizer.learn(["aaab aaab"], 259)
+    >>> t.merges, t.encode("aab")
+    ([(97, 97), (97, 98)], [257, 98])
+    """
+    EOT = 256  # the document separator, and what every prompt starts with
+
+    def __init__(self, merges):
+        """merges: list of (left id, right id); merge i makes token 257 + i. Raises ValueError on
+        an id that does not exist yet."""
+        self.merges = [(int(a), int(b)) for a, b in merges]
+        self.bytes = [bytes([i]) for i in range(256)] + [b""]
+        for a, b in self.merges:
+            if not (0 <= min(a, b) and max(a, b) < len(self.bytes)):
+                raise ValueError(f"the merge {a}, {b} uses a token that does not exist yet")
+            self.bytes.append(self.bytes[a] + self.bytes[b])
+        self.rank = {pair: i for i, pair in enumerate(self.merges)}
+        self.cache = {}
+
+    @classmethod
+    def learn(cls, texts, vocab_size):
+        """Learn merges until there are vocab_size tokens or nothing repeats. Each distinct piece
+        is counted once, and only the pieces that a merge touches are counted again. Ties go to
+        the smallest pair."""
+        counts = Counter(chain.from_iterable(PIECES.findall(t) for t in texts))
+        words = [(list(w.encode("utf-8", "surrogatepass")), n) for w, n in sorted(counts.items())]
+        pairs, where, merges = Counter(), defaultdict(set), []
+
+        def count(i, sign=1):  # puts the pairs of word i into `pairs`, or takes them out
+            word, n = words[i]
+            for pair in zip(word, word[1:]):
+                pairs[pair] += sign * n
+                where[pair].add(i)
+
+        for i in range(len(words)):
+            count(i)
+        while len(merges) < vocab_size - 257 and pairs:
+            best = max(pairs, key=lambda p: (pairs[p], -p[0], -p[1]))
+            if pairs[best] < 2:
+                break
+            merges.append(best)
+            for i in where.pop(best):
+                count(i, -1)
+                words[i][0][:] = cls.merge(words[i][0], best, 256 + len(merges))
+                count(i)
+            pairs = +pairs  # drops those that no longer occur
+        return cls(merges)
+
+    @staticmethod
+    def merge(word, pair, new):
+        """The list `word` with every occurrence of `pair`, from the left, replaced by `new`."""
+        out, i = [], 0
+        while i < len(word):
+            hit = i + 1 < len(word) and (word[i], word[i + 1]) == pair
+            out.append(new if hit else word[i])
+            i += 2 if hit else 1
+        return out
+
+    def encode(self, text):
+        """The token ids of a string, as a list; without the document separator."""
+        out = []
+        for piece in PIECES.findall(text):
+            ids = self.cache.get(piece)
+            if ids is None:
+                ids = list(piece.encode("utf-8", "surrogatepass"))
+                while len(ids) > 1:
+                    best = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, math.inf))
+                    if best not in self.rank:
+                        break
+                    ids = self.merge(ids, best, 257 + self.rank[best])
+                self.cache[piece] = ids
+            out += ids
+        return out
+
+    def decode(self, ids):
+        """The string of token ids. Bytes that are not UTF-8 become U+FFFD: a sample may stop
+        inside a character."""
+        data = b"".join(self.bytes[i] for i in ids)
+        try:
+            return data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return data.decode("utf-8", "replace")
+
+
+def deciding_tokens(tok, prompt, right, wrong):
+    """(context, right token, wrong token): the first at which the encodings of the two answers
+    differ, and all tokens before it. Raises ValueError if an answer changes the prompt's own
+    tokens or none decides."""
+    own, a, b = ([tok.EOT] + tok.encode(prompt + answer) for answer in ("", right, wrong))
+    if a[:len(own)] != own or b[:len(own)] != own:
+        raise ValueError(f"an answer changes the tokens of the prompt {prompt!r}")
+    for i in range(len(own), min(len(a), len(b))):
+        if a[i] != b[i]:
+            return a[:i], a[i], b[i]
+    raise ValueError(f"no token decides between {right!r} and {wrong!r} after {prompt!r}")
+
+
 # ---- command line -------------------------------------------------------------------------------
 
 
@@ -560,6 +739,58 @@ def show(task: str, n: int, seed: int, split: str) -> None:
         for prompt, right, wrong in zip(prompts, answers, answers[::-1]):
             print("\n".join(f"  | {line}" for line in prompt.split("\n")))
             print(f"  right {right!r}  wrong {wrong!r}\n")
+
+
+def fraction(text):
+    """A float from "0.25" or "1/4". Raises ValueError on anything else."""
+    top, _, bottom = text.partition("/")
+    if bottom and float(bottom) == 0:
+        raise ValueError(f"{text} divides by zero")
+    return float(top) / float(bottom or 1)
+
+
+def clock(seconds):
+    """Seconds as m:ss or h:mm:ss."""
+    m, s = divmod(round(seconds), 60)
+    return f"{m}:{s:02}" if m < 60 else f"{m // 60}:{m % 60:02}:{s:02}"
+
+
+def write_whole(path, write):
+    """Make a file by write(f), f open for bytes: whole or not at all, as it goes to a temporary
+    file first, which is then renamed. Raises UserError if that cannot be done."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+@contextmanager
+def interrupts_noted():
+    """An event that the first Ctrl-C or SIGTERM sets, in place of its usual effect, so that the
+    step can be finished; a second one is not held back. Only the main thread is told of them."""
+    stop, former = threading.Event(), {}
+
+    def note(number, _):
+        stop.set()
+        signal.signal(number, former[number])
+
+    if threading.current_thread() is threading.main_thread():
+        former = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,1 @@
+"""Beside the method: comparing models, drawing circuits, and pages of results."""

@@ -1,0 +1,349 @@
+"""Compare the sizes of circuits in several models, at ten target losses (paper Figures 2, 31, 32).
+
+    python -m docs.compare out/dense.npz out/sparse.npz [--tasks var_if for_while]
+
+Run it from the repository's root. One model gives its sizes alone. circuits/compare.json keeps
+finished rows; compare.html shows the result. Models that differ only in their seeds are pooled. A
+size is that of the smallest circuit by rank: every nonzero weight between its nodes counts.
+"""
+import argparse
+import dataclasses
+import functools
+import html
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import geometric_mean
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python docs/compare.py` runs too
+
+import sparsegpt as sg
+import numpy as np
+import prune
+import tasks
+from docs import draw
+
+SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
+AIMS = (0.4, 0.15, 0.05, 0.015)  # targets that masks are trained for
+EMPTY = dict(full=None, points=(), by_attribution=(), cleaned=None, without=None, random=None)
+
+
+# ---- circuits of one model ----------------------------------------------------------------------
+
+def curve(task, progress):
+    """[(target, mask, (nodes, edges))]: the smallest circuit by rank at each target of SWEEP, the
+    lowest first.
+
+    Masks are trained for each of AIMS, and a target takes the best of their rankings. Targets
+    below the full model's own loss are skipped, as they would take nearly all of it. One aim below
+    that loss is trained for: masks that aim at a target just above it may miss it.
+    """
+    lowest, rankings = task.full_loss(), []
+    for i, aim in enumerate(AIMS[:1 + sum(aim > lowest for aim in AIMS)]):
+        order, tau = prune.learn_masks(task, *prune.TRIALS[0], [task.settings.seed, i], progress,
+                                       prune.training_target(aim, lowest))
+        loss = functools.cache(lambda n, order=order: task.loss(prune.top_nodes(order, n)))
+        rankings.append((order, int((tau >= 0).sum()), loss))
+    out, best = [], (math.inf, math.inf, None)  # edges, nodes, mask
+    for target in sorted(target for target in SWEEP if target >= lowest):
+        for order, learned, loss in rankings:
+            mask = prune.bisect(order, lambda m: loss(int(m.nodes.sum())) <= target, learned)
+            if mask is not None:  # what reaches a lower target reaches this one too
+                best = min(best, (*task.size(mask)[::-1], mask), key=lambda found: found[:2])
+        if best[2] is not None:
+            out.append((target, best[2], best[1::-1]))
+    return out
+
+
+def compare_one(contexts, settings, job):
+    """The row of compare.json for a job, (number of a ModelContext, task): the full model's loss,
+    the sizes along the `curve` and by attribution; and at the target of settings the size after
+    cleaning, and the full model's loss without the circuit and without as many random nodes."""
+    context, name = contexts[job[0]], job[1]
+    row = dict(EMPTY, model=context.fingerprint, task=name, points=[], by_attribution=[])
+    try:
+        task = prune.PruningTask(context.model, context.frozen, name, settings, text=context.text)
+    except prune.CannotPrune:
+        return row
+    row["full"] = task.full_loss()
+    if row["full"] > max(SWEEP):
+        return row
+    progress, order = prune.Progress(name, prune.quiet), prune.rank_by_attribution(task)
+    loss = functools.cache(lambda n: task.loss(prune.top_nodes(order, n)))
+    for target, mask, (nodes, edges) in curve(task, progress):
+        point = dict(task=name, target=target)
+        row["points"].append(dict(point, nodes=nodes, edges=edges))
+        ranked = prune.bisect(order, lambda m: loss(int(m.nodes.sum())) <= target)
+        if ranked is not None:
+            row["by_attribution"].append(dict(point, edges=task.size(ranked)[1]))
+        if target == settings.target:
+            # Trials by resampling take too long, and `clean` leaves large circuits as they are.
+            if settings.ablation != "resample" and edges <= prune.TOO_LARGE:
+                cleaned = prune.clean(task, mask, lambda *_: None, progress)[0]
+                row["cleaned"] = dict(zip(("nodes", "edges"), task.size(cleaned)))
+            needed = prune.check_necessity(task, mask)
+            row |= {"without": needed["loss"], "random": needed["median"]}
+    return row
+
+
+# ---- several models -----------------------------------------------------------------------------
+
+def compare(contexts, settings, folder, workers, names, log=print):
+    """Prune the named tasks in all models alike and report size against loss. What compare.json
+    has, of these models or others, is kept. Raises UserError if it is of other settings."""
+    path, began, rows, known = Path(folder, "compare.json"), time.perf_counter(), [], {}
+    head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
+                                      aims=AIMS)))
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        rows, known = old["rows"], {m["model"]: m for m in old["models"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        old = head  # there is nothing to keep
+    if any(old.get(key) != value for key, value in head.items()):
+        raise sg.UserError(f"{path} is of other settings: choose another --out, or delete it")
+
+    def save():
+        prune.write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
+
+    prints = [context.fingerprint for context in contexts]
+    finished = {(row["model"], row["task"]) for row in rows}
+    jobs = [(prints.index(model), task) for task in names for model in dict.fromkeys(prints)
+            if (model, task) not in finished]
+    one = functools.partial(compare_one, contexts, settings)
+    for n, row in enumerate(prune.on_cores(one, jobs, workers), 1):
+        rows.append(row)
+        save()
+        left = (time.perf_counter() - began) / n * (len(jobs) - n)
+        edges = edges_of(row, "points", settings.target)
+        log(f"{n:>3} of {len(jobs)}  {contexts[prints.index(row['model'])].model.cfg.out:<20} "
+            f"{row['task']:<27} {'no' if edges is None else edges} edges; {sg.clock(left)} left")
+    models = describe(contexts, known)
+    known |= {m["model"]: m for m in models}
+    save()
+    kinds, shown = by_kind(models), [row for row in rows if row["task"] in names]
+    text = comparison(kinds, shown, settings.target)
+    log(text)
+    curves = {kind[0]["name"]: [dict(p, task=f"{p['task']} {i or ''}") for i, m in enumerate(kind)
+                                for row in shown if row["model"] == m["model"]
+                                for p in row["points"]] for kind in kinds}
+    prune.write_text(path.with_suffix(".html"), draw.document(
+        "Circuits compared", "<p>Edges: nonzero weights between two kept nodes, not cleaned.</p>",
+        plot(curves) if all(curves.values()) else "", f"<pre>{html.escape(text)}</pre>"))
+    log(f"wrote {path} and .html")
+
+
+def kurtosis(model, ids):
+    """The median kurtosis of the channels of the final normed residual stream, on ids [n, T]: 3
+    for a Gaussian, more with heavier tails (paper Figure 10)."""
+    hook = prune.Recorder()
+    sg.forward(model.params, ids, model.cfg, hook)
+    x = sg.to_host(hook.seen["final"]).astype(np.float64)
+    x = (x - x.mean(0))[:, x.std(0) > 0]
+    return float(np.median((x ** 4).mean(0) / (x ** 2).mean(0) ** 2)) if x.size else math.nan
+
+
+def describe(contexts, known):
+    """[what the tables say of each model]. known: {fingerprint: the same from an earlier run}."""
+    out, corpora = [], {}
+    for context in contexts:
+        model, cfg = context.model, context.model.cfg
+        if context.fingerprint in known:
+            out.append(dict(known[context.fingerprint], name=cfg.out))
+            continue
+        data = cfg.data, cfg.max_mb, cfg.idioms > 0, cfg.vocab_size
+        if data not in corpora:  # to tokenize it takes long
+            corpora[data] = sg.load_corpus(cfg, prune.quiet)
+        if corpora[data].tok.merges != model.tok.merges:
+            raise sg.UserError(f"{cfg.out} was trained on another text than --data {cfg.data} now")
+        loss, streams = sg.evaluate(model.params, corpora[data].val, cfg, 256)
+        out.append(dict(
+            name=cfg.out, model=context.fingerprint, kind=kind_of(cfg), seed=cfg.seed,
+            d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=loss, **streams,
+            kurtosis=kurtosis(model, context.text[:16]),
+            nonzero=sum(int((model.params[name] != 0).sum()) for name in prune.matrices(cfg))))
+    return out
+
+
+def kind_of(cfg):
+    """What pooled models have in common. Another seed may need other steps for the same loss."""
+    return json.dumps({**dataclasses.asdict(cfg), "seed": 0, "steps": 0, "threads": 0, "out": ""})
+
+
+def by_kind(models):
+    """The dicts of `describe` in lists of one kind, by seed. A repeated model starts a list."""
+    out = []
+    for m in models:
+        home = next((kind for kind in out if kind[0]["kind"] == m["kind"]
+                     and m["seed"] not in [other["seed"] for other in kind]), None)
+        if home is None:
+            out.append(home := [])
+        home.append(m)
+    return [sorted(kind, key=lambda m: m["seed"]) for kind in out]
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+def edges_of(row, kind, target):
+    """The edges of a row's circuit, or None. kind: "points", "by_attribution" or "cleaned"."""
+    if kind == "cleaned":
+        return row["cleaned"] and row["cleaned"]["edges"]
+    return next((p["edges"] for p in row[kind] if p["target"] == target), None)
+
+
+def comparison(kinds, rows, target):
+    """The tables of `compare`, as text. Kinds of models are A, B and so on; seeds are pooled."""
+    by = {(row["model"], row["task"]): row for row in rows}
+    names = [task for task in tasks.TASKS if task in {row["task"] for row in rows}]
+    letters, runs = "ABCDEFGH"[:len(kinds)], list(zip(*kinds))  # a run: one model of each kind
+    out = ["", f"{'':<4}{'model':<26} width density  AbsTopK nonzero edges  kurtosis  "
+           "validation loss (code, idioms)"]
+    for letter, kind in zip(letters, kinds):
+        out += [f"{letter:<4}{m['name']:<26} {m['d_model']:>5} {m['density']:>7.4g} "
+                f"{m['afrac']:>8.4g} {m['nonzero']:>13,}  {m['kurtosis']:>8.1f}  {m['loss']:.4f} "
+                f"({m['code']:.4f}, {m.get('idioms', math.nan):.4f})" for m in kind]
+    for run in runs:
+        ratio = max(m["loss"] for m in run) / min(m["loss"] for m in run)
+        if ratio > 1.02:
+            out.append(f"WARNING: {', '.join(m['name'] for m in run)}: losses differ by "
+                       f"{ratio - 1:.1%}, more than 2 %: not a matched comparison")
+
+    def row_of(m, task):
+        return by.get((m["model"], task), EMPTY)
+
+    def means(title, choices):
+        """Lines of geometric means over the tasks that all models of a run reach."""
+        lines = ["", f"{title:<22} tasks" + "".join(f"{'edges ' + c:>10}" for c in letters)
+                 + "".join(f"{'A/' + c:>8} (spread)" + "  by seed" * (len(runs) > 1)
+                           for c in letters[1:])]
+        for label, kind, at in choices:
+            logs = []  # of each run, log edges [task, kind]
+            for run in runs:
+                edges = [[edges_of(row_of(m, task), kind, at) for m in run] for task in names]
+                edges = [[max(1, n) for n in line] for line in edges if None not in line]
+                logs.append(np.log(edges).reshape(-1, len(kinds)))
+            pooled = np.concatenate(logs)
+            if not len(pooled):
+                continue
+            line = f"{label:<22} {len(pooled):>5}"
+            line += "".join(f"{x:>10.1f}" for x in np.exp(pooled.mean(0)))
+            for i in range(1, len(kinds)):
+                ratio = pooled[:, 0] - pooled[:, i]
+                line += f"{np.exp(ratio.mean()):>8.2f} (x/ {np.exp(ratio.std()):.2f})"
+                if len(runs) > 1:
+                    line += "  " + " ".join(f"{np.exp((x[:, 0] - x[:, i]).mean()):.2f}"
+                                            if len(x) else "-" for x in logs)
+            lines.append(line)
+        return lines
+
+    out += means("target", [(f"{t:g}", "points", t) for t in SWEEP])
+    out += means(f"at {target:g}", [("learned masks", "points", target),
+                                    ("the same, cleaned", "cleaned", target),
+                                    ("attribution", "by_attribution", target)])
+    wide, cell = (9, 8) if len(runs) == 1 else (18, 8 * len(runs))
+    out += ["edges: geometric means over the tasks (of every seed) that all models reach; 0 "
+            "counts as 1", "spread: one standard deviation of the ratios, as a factor", "",
+            f"{f'at {target:g}':<28}" + "".join(
+                f"{'loss ' + c:>{wide}}{'edges':>{cell}}{'cleaned':>{cell}}" for c in letters)]
+    for task in names:
+        line = f"{task:<28}"
+        for kind in kinds:
+            seeds = [row_of(m, task) for m in kind]
+            cells = ["-" if row["full"] is None else f"{row['full']:.3f}" for row in seeds]
+            line += f"{'/'.join(cells):>{wide}}"
+            for which in ("points", "cleaned"):
+                edges = (edges_of(row, which, target) for row in seeds)
+                cells = ["-" if n is None else str(n) for n in edges]
+                line += f"{'/'.join(cells):>{cell}}"
+        out.append(line)
+    out += ["", f"{'full model without':<22} tasks  the circuit  as many random nodes  (loss)"]
+    for letter, kind in zip(letters, kinds):
+        pairs = [(row["without"], row["random"]) for m in kind for task in names
+                 if (row := row_of(m, task))["without"] is not None]
+        if pairs:
+            circuit, random = np.mean(pairs, 0)
+            out.append(f"{letter:<22} {len(pairs):>5}  {circuit:>11.3f}  {random:>20.3f}")
+    return "\n".join(out)
+
+
+def plot(curves):
+    """SVG: edges by target loss, both logarithmic, of {name: [{"task", "target", "edges"}]}. Thin
+    lines are tasks; a bold line is the geometric mean of the tasks that all curves reach."""
+    targets = sorted({p["target"] for points in curves.values() for p in points})
+    common = {t: set.intersection(*({p["task"] for p in points if p["target"] == t}
+                                    for points in curves.values())) for t in targets}
+    lines, looks = [], ("pos", "neg", "") * len(curves)
+    for look, (name, points) in zip(looks, curves.items()):
+        by_task = defaultdict(dict)
+        for p in points:
+            by_task[p["task"]][p["target"]] = max(1, p["edges"])
+        lines += [(look, 1, 0.35, f"{name} {task}", line) for task, line in by_task.items()]
+        means = {t: geometric_mean(by_task[task][t] for task in common[t])
+                 for t in targets if common[t]}
+        lines.append((look, 3, 1, f"{name}: geometric mean", means))
+    edges = sorted(n for *_, line in lines for n in line.values())
+    marks = [m * 10 ** e for e in range(9) for m in (1, 2, 5)]
+    marks = [m for m in marks if edges[0] / 2.5 < m < edges[-1] * 2.5]
+    x, y = ({v: round(start + length * math.log(v / axis[0]) / (math.log(axis[-1] / axis[0]) or 1))
+             for v in [*axis, *edges]}
+            for axis, start, length in ((targets, 70, 500), (marks, 320, -290)))
+    out = ['<h2>Edges at each target loss</h2><svg width="640" height="400">']
+    out += [f'<path opacity=".4" d="M{x[t]} 320v-290"/><text x="{x[t]}" y="340">{t:g}</text>'
+            f'<text x="{x[t]}" y="356" class="mute">{len(common[t])}</text>' for t in targets]
+    out += [f'<path opacity=".4" d="M70 {y[m]}h500"/><text x="46" y="{y[m] + 4}">{m}</text>'
+            for m in marks]
+    for look, wide, opacity, name, line in lines:
+        way = "L".join(f"{x[t]} {y[line[t]]}" for t in targets if t in line)
+        out.append(f'<path class="{look}" stroke-width="{wide}" opacity="{opacity}" d="M{way}">'
+                   f"<title>{draw.visible(name, ' ')}</title></path>")
+    for i, (look, name) in enumerate(zip(looks, curves)):
+        out.append(f'<path class="{look}" stroke-width="3" d="M{80 + 200 * i} 16h24"/><text y="20"'
+                   f' x="{110 + 200 * i}" style="text-anchor:start">{html.escape(name)}</text>')
+    out.append('<text x="46" y="20">edges</text><text x="320" y="380">target loss, and the number '
+               "of tasks that all models reach at it (bold: their mean)</text></svg>")
+    return "".join(out)
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+def run(argv):
+    """What `main` does, if nothing goes wrong."""
+    parser = tasks.Parser(description="Compare the sizes of circuits in several models.",
+                          argument_default=argparse.SUPPRESS)
+    parser.add_argument("models", nargs="+", metavar="FILE", help="checkpoints")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all")
+    parser.add_argument("--out", help="folder for compare.json and .html (default circuits)")
+    prune.add_settings(parser, ("mean", "zero", "resample"))
+    given = vars(parser.parse_args(argv))
+    settings, folder = prune.settings_of(given), given.get("out", "circuits")
+    sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
+    sg.keep_freed_memory()
+    if settings.target not in SWEEP:
+        raise sg.UserError(f"--target must be one of {', '.join(map(str, SWEEP))}")
+    for task in given.get("tasks", ()):
+        tasks.pairs(task, 1)  # raises UserError on an unknown task
+    models = [prune.load_model(path) for path in given["models"]]
+    if any(m.tok.merges != models[0].tok.merges for m in models):
+        raise sg.UserError("the models have different tokenizers")
+    kinds = by_kind([dict(kind=kind_of(m.cfg), seed=m.cfg.seed) for m in models])
+    if len(kinds) > 8 or len(set(map(len, kinds))) > 1:
+        raise sg.UserError("give at most 8 models, and equally many seeds of each; these have "
+                           f"{', '.join(str(len(kind)) for kind in kinds)}")
+    prune.check_folder(folder)
+    compare([prune.ModelContext(m, settings.ablation) for m in models], settings, folder,
+            max(m.cfg.threads or sg.n_cores() for m in models),
+            given.get("tasks", list(tasks.TASKS)))
+    return 0
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    return tasks.command("docs/compare.py", run, argv, "finished rows are kept; the same command "
+                         "continues")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
