@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import hashlib
 import html
-import itertools
 import json
 import math
 import multiprocessing
@@ -36,14 +35,14 @@ import time
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import geometric_mean
 from typing import NamedTuple
 
 import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
 import numpy as np
 
 import tasks
-from docs import draw
+from docs import show
+from docs.show import explain, listing
 
 FORMAT = "sparsegpt-circuit-2"  # the version of a circuit's file
 
@@ -751,12 +750,11 @@ def disconnected_nodes(mask, model, prompts):
 
 class SearchResult(NamedTuple):
     """What a search ends with. mask: None if no ranking reached the target. stages: size and loss
-    after each; trials: the same of each mask training; tau: by node."""
+    after each; tau: by node."""
     mask: CircuitMask | None
     calibration: Calibration
     loss: float
     stages: list
-    trials: list
     tau: np.ndarray
 
 
@@ -775,7 +773,7 @@ def search(task, progress, seed=0):
     cleaned. The same settings and seed give the same circuit.
     """
     agree(task)
-    s, best, best_loss, stages, trials = task.settings, None, math.inf, [], []
+    s, best, best_loss, stages = task.settings, None, math.inf, []
 
     def stage(name, mask, calibration=None):
         nodes, edges = task.size(mask)
@@ -788,22 +786,20 @@ def search(task, progress, seed=0):
         order, tau = learn_masks(task, k_coef, lr, temperature, [seed, i], progress, goal)
         learned, i = CircuitMask(tau >= 0), i + 1
         mask = bisect(order, lambda m: task.loss(m) <= s.target, int(learned.nodes.sum()))
-        trial = dict(k_coef=k_coef, lr=lr, temperature=temperature, learned=task.size(learned),
-                     loss=task.loss(learned), bisected=mask and task.size(mask))
-        trials.append(trial)
-        best_loss = min(best_loss, trial["loss"])
+        loss, size = task.loss(learned), mask and task.size(mask)
+        best_loss = min(best_loss, loss)
         # These masks fell just short, and their ranking needs far too many nodes.
-        short = s.target < trial["loss"] < 2 * s.target and (
+        short = s.target < loss < 2 * s.target and (
             mask is None or mask.nodes.sum() > 2 * learned.nodes.sum())
         goal /= 1 + short
-        if mask is not None and (best is None or trial["bisected"][::-1] < best[0][::-1]):
-            best = trial["bisected"], mask, learned, tau
+        if mask is not None and (best is None or size[::-1] < best[0][::-1]):
+            best = size, mask, learned, tau
     if best is None:
-        return SearchResult(None, Calibration(), best_loss, stages, trials, tau)
+        return SearchResult(None, Calibration(), best_loss, stages, tau)
     _, mask, learned, tau = best
     stage("learned masks", learned)
     stage("fewest by rank", mask)
-    return SearchResult(*clean(task, mask, stage, progress), stages, trials, tau)
+    return SearchResult(*clean(task, mask, stage, progress), stages, tau)
 
 
 def clean(task, mask, stage, progress):
@@ -1066,7 +1062,7 @@ def check_attention(task, mask):
 
 def token(model, i):
     """A token id as text on one line."""
-    return "<start>" if i == model.tok.EOT else draw.one_line(model.tok.decode([int(i)]))
+    return "<start>" if i == model.tok.EOT else show.one_line(model.tok.decode([int(i)]))
 
 
 def trace(model, params, ids, hook=None):
@@ -1217,86 +1213,8 @@ def describe(context, task, found):
         size=dict(zip(("nodes", "edges", "model_nodes", "model_edges", "embed", "unembed"),
                       numbers)),
         attribution=dict(zip(("nodes", "edges"), task.size(ranked or every_node(cfg)))),
-        losses=scores, stages=best.stages, trials=best.trials, checks=checks, nodes=nodes,
+        losses=scores, stages=best.stages, checks=checks, nodes=nodes,
         heads=heads, example=example, seeds=1 + sum(job.startswith("seed") for job in found)))
-
-
-def listing(circuit):
-    """A circuit as text: sizes, losses, nodes and edges, checks."""
-    r, c, size = circuit.record, circuit.calibration, circuit.record["size"]
-    full = dict(stage="full model", nodes=size["model_nodes"], edges=size["model_edges"],
-                loss=r["losses"]["full"]["search"]["binary"])
-    lines = [f"{circuit.task}: {r['doc']}", "", f"{'':<24} {'nodes':>7} {'edges':>8} {'loss':>8}"]
-    lines += [f"{s['stage']:<24} {s['nodes']:>7,} {s['edges']:>8,} {s['loss']:8.4f}"
-              for s in (full, *r["stages"])]
-    ranked = r["attribution"]
-    lines += [f"{'ranked by attribution':<24} {ranked['nodes']:>7,} {ranked['edges']:>8,}"
-              "          (fewest nodes by rank at the same target)",
-              f"Not counted as edges: biases, {size['embed']} embeddings of tokens that differ "
-              f"within a pair, {size['unembed']} unembeddings of answers.", "",
-              f"{'loss in nats':<24} {'search prompts':^26}   {'held-out prompts':^26}",
-              f"{'':<24}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
-    for key, name in (("full", "full model"), ("circuit", "circuit"),
-                      ("uncalibrated", "circuit, uncalibrated")):
-        scores = (r["losses"][key][split] for split in ("search", "held"))
-        lines.append(f"{name:<24}" + "".join(
-            f" {s['binary']:8.4f} {s['full']:8.4f} {s['accuracy']:8.1%}  " for s in scores))
-    lines += [f"Calibration: logits x {c.scale:.3f} (allowed: 1/2 to 2), first answer's logit "
-              f"{c.shift:+.3f}; fitted on other prompts.",
-              f"The target, {circuit.settings.target:g}, is for the binary loss of the calibrated "
-              "circuit on the search prompts.", "", "The circuit in the order of computation. <- "
-              "is an edge with its weight, == the same channel of the residual stream."]
-    marks = {True: "passed", False: "FAILED", None: "-"}
-    return "\n".join([*lines, *node_lines(r), "", "checks", *(
-        f"    {marks[c['passed']]:<7} {c['name']}: {c['text']}" for c in r["checks"])])
-
-
-def node_lines(record, most=8):
-    """Lines of text: the heads and nodes of a circuit in the order of computation, a blank line
-    before each; of a node's embeddings at most the `most` heaviest."""
-    into, tokens, answers, lines = *(defaultdict(list) for _ in range(3)), []
-    for e in record["edges"] + record["residual"]:
-        link = f"<- {e['from']}  {e['weight']:+.3f}" if "weight" in e else f"== {e['from']}"
-        into[e["to"]].append(f"    {link}")
-    for e in sorted(record["embed"], key=lambda e: -abs(e["weight"])):
-        tokens[e["to"]].append(f"  {e['token']} {e['weight']:+.2f}")
-    for e in sorted(record["unembed"], key=lambda e: -e["weight"]):
-        answers[e["from"]].append(f"  {e['token']} {e['weight']:+.2f}")
-    heads = {head["nodes"][0]: head for head in record["heads"]}  # by their first nodes
-    for node in record["nodes"]:
-        name = node["name"]
-        if h := heads.get(name):
-            sink = "none" if h["sink"] is None else f"{h['sink']:+.2f}"
-            bias = "".join(f", {d} back {x:+.2f}" for d, x in h["distances"])
-            lines += ["", f"{h['name']}  logits: sink {sink}{bias}; {h['overlap']:.0%} of the "
-                          "attention is as in the full model"]
-            lines += [f"    at the end of {a['context']}  attends to " + ", ".join(
-                f"{t} {w:.2f}" for t, w in a["to"]) for a in h["attends"]]
-        bias = "" if node["bias"] is None else f"  bias {node['bias']:+.3f}"
-        lines += ["", f"{name}{bias}  mean {node['mean']:+.3f}"]
-        if rows := tokens[name]:
-            more = f"  and {len(rows) - most} more" if len(rows) > most else ""
-            lines.append("    <- tokens" + "".join(rows[:most]) + more)
-        lines += into[name]
-        for kind, side in itertools.product(("task", "text"), ("high", "low")):
-            lines.append(f"    {kind} {side:<5}" + "   ".join(
-                f"{before}[{t}] {v:+.2f}" for before, t, v in node[kind][side][:3]))
-        if answers[name]:
-            lines.append("    -> answers" + "".join(answers[name]))
-    return lines
-
-
-def explain(example, columns=7):
-    """One pair of prompts through a circuit, as text: the value of each node at each token."""
-    lines, names = [], list(example["values"])
-    for start, p in itertools.product(range(0, len(names), columns), range(2)):
-        some = names[start:start + columns]
-        lines += ["", f"prompt {p + 1}, right answer {example['answers'][p]}, calibrated margin "
-                  f"{example['margins'][p]:+.3f}", " " * 14 + "".join(f"{x:>16}" for x in some)]
-        for t, text in enumerate(example["prompts"][p]):
-            lines.append(f"{text:<14}" + "".join(
-                f"{example['values'][name][p][t]:>16.3f}" for name in some))
-    return "\n".join(lines)
 
 
 def ask(circuit, model, texts):
@@ -1411,9 +1329,8 @@ def verify(circuit, model):
 
 def save_drawings(path, circuit):
     """Write the page and the graph beside a circuit's file."""
-    text = f"{listing(circuit)}\n\n{explain(circuit.record['example'])}"
-    write_text(path.with_suffix(".html"), draw.page(circuit.record, circuit.task, text))
-    write_text(path.with_suffix(".dot"), draw.dot(circuit.record))
+    write_text(path.with_suffix(".html"), show.page(circuit))
+    write_text(path.with_suffix(".dot"), show.dot(circuit.record))
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -1465,40 +1382,13 @@ def prune_all(context, settings, folder, seeds, workers, log=print):
         rows[task] = row
         left = (time.perf_counter() - began) * (n - i) / i
         log(f"{i:>2} of {n}  {task:<28} {row[1]}; {sg.clock(left)} left")
-    text, path = summary(rows), Path(folder, "summary.html")
+    text, path = show.summary(rows), Path(folder, "summary.html")
     log(f"\n{text}")
     text = html.escape(text)
     for task in (task for task, (circuit, _) in rows.items() if circuit):
         text = text.replace(f"\n{task} ", f'\n<a href="{task}.html">{task}</a> ')
-    write_text(path, draw.document("Circuits", f"<pre>{text}</pre>"))
+    write_text(path, show.document("Circuits", f"<pre>{text}</pre>"))
     log(f"wrote {path}")
-
-
-def summary(rows):
-    """The table of all tasks, as text. rows: {task: (its Circuit or None, why there is none)}."""
-    names = "full circuit held-out nodes edges without random nonsense shuffled".split()
-    lines, sizes_ = [f"{'task':<28}" + "".join(f"{name:>10}" for name in names)], []
-    for task, (circuit, text) in rows.items():
-        if circuit:
-            r, checks = circuit.record, {c["name"]: c for c in circuit.record["checks"]}
-            full, own, size = r["losses"]["full"], r["losses"]["circuit"], r["size"]
-            sizes_.append([max(1, size["nodes"]), max(1, size["edges"])])
-            cells = [full["search"]["binary"], own["search"]["binary"], own["held"]["binary"],
-                     size["nodes"], size["edges"], checks["necessity"]["loss"],
-                     checks["random circuits"]["loss"]]
-            controls = (checks[name]["edges"] for name in ("nonsense task", "shuffled weights"))
-            cells += ["none" if edges is None else int(edges) for edges in controls]
-            text = "".join(f"{x:>10.3f}" if isinstance(x, float) else f"{x:>10}" for x in cells)
-        lines.append(f"{task:<28}{'' if circuit else '  '}{text}")
-    means = [geometric_mean(column) for column in zip(*sizes_)] or [0, 0]
-    return "\n".join([
-        *lines, "{} circuits: geometric mean {:.1f} nodes, {:.1f} edges (0 counts as 1)".format(
-            len(sizes_), *means),
-        "full, circuit: binary losses in nats on the search prompts; held-out: the circuit's on "
-        "other prompts",
-        "without: the full model's loss without the circuit; random: the lowest of ten random "
-        "circuits of this size",
-        "nonsense, shuffled: edges that the same search needs for the two controls"])
 
 
 def make_parser():

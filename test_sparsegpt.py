@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 
 import prune
 import tasks
-from docs import compare, draw
+from docs import compare, show
 
 # Without Phase.explain: it traces every line, which takes minutes where an error is planted.
 settings.register_profile("suite", deadline=None, max_examples=20, derandomize=True, database=None,
@@ -1870,8 +1870,8 @@ def test_the_drawings_have_every_node_and_edge_and_nothing_from_outside(change):
     """HTML and DOT: well formed, self-contained; no text of a model or a task becomes markup."""
     plain = found_circuit()
     circuit = dataclasses.replace(plain, record=change(plain.record))
-    text, (_, *lines, _) = page_of(circuit), draw.dot(circuit.record).splitlines()
-    links = {tuple(x if re.fullmatch(NODE, x) else html.unescape(draw.visible(x, "␣"))
+    text, (_, *lines, _) = page_of(circuit), show.dot(circuit.record).splitlines()
+    links = {tuple(x if re.fullmatch(NODE, x) else html.unescape(show.visible(x, "␣"))
                    for x in link) for link in links_of(circuit.record)}
     found = Page(text)
     assert found.tags == Page(page_of(plain)).tags and text.encode("utf-8")

@@ -1,1 +1,1 @@
-"""Beside the method: comparing models, drawing circuits, and pages of results."""
+"""Beside the method: comparing models, showing circuits, and pages of results."""

@@ -25,7 +25,7 @@ import sparsegpt as sg
 import numpy as np
 import prune
 import tasks
-from docs import draw
+from docs import show
 
 SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
 AIMS = (0.4, 0.15, 0.05, 0.015)  # targets that masks are trained for
@@ -130,7 +130,7 @@ def compare(contexts, settings, folder, workers, names, log=print):
     curves = {kind[0]["name"]: [dict(p, task=f"{p['task']} {i or ''}") for i, m in enumerate(kind)
                                 for row in shown if row["model"] == m["model"]
                                 for p in row["points"]] for kind in kinds}
-    prune.write_text(path.with_suffix(".html"), draw.document(
+    prune.write_text(path.with_suffix(".html"), show.document(
         "Circuits compared", "<p>Edges: nonzero weights between two kept nodes, not cleaned.</p>",
         plot(curves) if all(curves.values()) else "", f"<pre>{html.escape(text)}</pre>"))
     log(f"wrote {path} and .html")
@@ -298,7 +298,7 @@ def plot(curves):
     for look, wide, opacity, name, line in lines:
         way = "L".join(f"{x[t]} {y[line[t]]}" for t in targets if t in line)
         out.append(f'<path class="{look}" stroke-width="{wide}" opacity="{opacity}" d="M{way}">'
-                   f"<title>{draw.visible(name, ' ')}</title></path>")
+                   f"<title>{show.visible(name, ' ')}</title></path>")
     for i, (look, name) in enumerate(zip(looks, curves)):
         out.append(f'<path class="{look}" stroke-width="3" d="M{80 + 200 * i} 16h24"/><text y="20"'
                    f' x="{110 + 200 * i}" style="text-anchor:start">{html.escape(name)}</text>')

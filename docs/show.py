@@ -1,11 +1,12 @@
-"""Draws a circuit as a self-contained HTML page and as a graph for Graphviz.
+"""Shows a circuit: as text, as a self-contained HTML page, and as a graph for Graphviz.
 
 All of it is made from a circuit's saved record, without the model: see prune.describe.
 """
 import html
+import itertools
 import math
-from collections import Counter, namedtuple
-from statistics import fmean
+from collections import Counter, defaultdict, namedtuple
+from statistics import fmean, geometric_mean
 
 
 def one_line(text, space=" "):
@@ -13,6 +14,115 @@ def one_line(text, space=" "):
     seen = {" ": space, "\n": "⏎", "\t": "⇥"}
     return "".join(seen.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
+
+# ---- text ---------------------------------------------------------------------------------------
+
+def listing(circuit):
+    """A circuit as text: sizes, losses, nodes and edges, checks."""
+    r, c, size = circuit.record, circuit.calibration, circuit.record["size"]
+    full = dict(stage="full model", nodes=size["model_nodes"], edges=size["model_edges"],
+                loss=r["losses"]["full"]["search"]["binary"])
+    lines = [f"{circuit.task}: {r['doc']}", "", f"{'':<24} {'nodes':>7} {'edges':>8} {'loss':>8}"]
+    lines += [f"{s['stage']:<24} {s['nodes']:>7,} {s['edges']:>8,} {s['loss']:8.4f}"
+              for s in (full, *r["stages"])]
+    ranked = r["attribution"]
+    lines += [f"{'ranked by attribution':<24} {ranked['nodes']:>7,} {ranked['edges']:>8,}"
+              "          (fewest nodes by rank at the same target)",
+              f"Not counted as edges: biases, {size['embed']} embeddings of tokens that differ "
+              f"within a pair, {size['unembed']} unembeddings of answers.", "",
+              f"{'loss in nats':<24} {'search prompts':^26}   {'held-out prompts':^26}",
+              f"{'':<24}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
+    for key, name in (("full", "full model"), ("circuit", "circuit"),
+                      ("uncalibrated", "circuit, uncalibrated")):
+        scores = (r["losses"][key][split] for split in ("search", "held"))
+        lines.append(f"{name:<24}" + "".join(
+            f" {s['binary']:8.4f} {s['full']:8.4f} {s['accuracy']:8.1%}  " for s in scores))
+    lines += [f"Calibration: logits x {c.scale:.3f} (allowed: 1/2 to 2), first answer's logit "
+              f"{c.shift:+.3f}; fitted on other prompts.",
+              f"The target, {circuit.settings.target:g}, is for the binary loss of the calibrated "
+              "circuit on the search prompts.", "", "The circuit in the order of computation. <- "
+              "is an edge with its weight, == the same channel of the residual stream."]
+    marks = {True: "passed", False: "FAILED", None: "-"}
+    return "\n".join([*lines, *node_lines(r), "", "checks", *(
+        f"    {marks[c['passed']]:<7} {c['name']}: {c['text']}" for c in r["checks"])])
+
+
+def node_lines(record, most=8):
+    """Lines of text: the heads and nodes of a circuit in the order of computation, a blank line
+    before each; of a node's embeddings at most the `most` heaviest."""
+    into, tokens, answers, lines = *(defaultdict(list) for _ in range(3)), []
+    for e in record["edges"] + record["residual"]:
+        link = f"<- {e['from']}  {e['weight']:+.3f}" if "weight" in e else f"== {e['from']}"
+        into[e["to"]].append(f"    {link}")
+    for e in sorted(record["embed"], key=lambda e: -abs(e["weight"])):
+        tokens[e["to"]].append(f"  {e['token']} {e['weight']:+.2f}")
+    for e in sorted(record["unembed"], key=lambda e: -e["weight"]):
+        answers[e["from"]].append(f"  {e['token']} {e['weight']:+.2f}")
+    heads = {head["nodes"][0]: head for head in record["heads"]}  # by their first nodes
+    for node in record["nodes"]:
+        name = node["name"]
+        if h := heads.get(name):
+            sink = "none" if h["sink"] is None else f"{h['sink']:+.2f}"
+            bias = "".join(f", {d} back {x:+.2f}" for d, x in h["distances"])
+            lines += ["", f"{h['name']}  logits: sink {sink}{bias}; {h['overlap']:.0%} of the "
+                          "attention is as in the full model"]
+            lines += [f"    at the end of {a['context']}  attends to " + ", ".join(
+                f"{t} {w:.2f}" for t, w in a["to"]) for a in h["attends"]]
+        bias = "" if node["bias"] is None else f"  bias {node['bias']:+.3f}"
+        lines += ["", f"{name}{bias}  mean {node['mean']:+.3f}"]
+        if rows := tokens[name]:
+            more = f"  and {len(rows) - most} more" if len(rows) > most else ""
+            lines.append("    <- tokens" + "".join(rows[:most]) + more)
+        lines += into[name]
+        for kind, side in itertools.product(("task", "text"), ("high", "low")):
+            lines.append(f"    {kind} {side:<5}" + "   ".join(
+                f"{before}[{t}] {v:+.2f}" for before, t, v in node[kind][side][:3]))
+        if answers[name]:
+            lines.append("    -> answers" + "".join(answers[name]))
+    return lines
+
+
+def explain(example, columns=7):
+    """One pair of prompts through a circuit, as text: the value of each node at each token."""
+    lines, names = [], list(example["values"])
+    for start, p in itertools.product(range(0, len(names), columns), range(2)):
+        some = names[start:start + columns]
+        lines += ["", f"prompt {p + 1}, right answer {example['answers'][p]}, calibrated margin "
+                  f"{example['margins'][p]:+.3f}", " " * 14 + "".join(f"{x:>16}" for x in some)]
+        for t, text in enumerate(example["prompts"][p]):
+            lines.append(f"{text:<14}" + "".join(
+                f"{example['values'][name][p][t]:>16.3f}" for name in some))
+    return "\n".join(lines)
+
+
+def summary(rows):
+    """The table of all tasks, as text. rows: {task: (its Circuit or None, why there is none)}."""
+    names = "full circuit held-out nodes edges without random nonsense shuffled".split()
+    lines, sizes_ = [f"{'task':<28}" + "".join(f"{name:>10}" for name in names)], []
+    for task, (circuit, text) in rows.items():
+        if circuit:
+            r, checks = circuit.record, {c["name"]: c for c in circuit.record["checks"]}
+            full, own, size = r["losses"]["full"], r["losses"]["circuit"], r["size"]
+            sizes_.append([max(1, size["nodes"]), max(1, size["edges"])])
+            cells = [full["search"]["binary"], own["search"]["binary"], own["held"]["binary"],
+                     size["nodes"], size["edges"], checks["necessity"]["loss"],
+                     checks["random circuits"]["loss"]]
+            controls = (checks[name]["edges"] for name in ("nonsense task", "shuffled weights"))
+            cells += ["none" if edges is None else int(edges) for edges in controls]
+            text = "".join(f"{x:>10.3f}" if isinstance(x, float) else f"{x:>10}" for x in cells)
+        lines.append(f"{task:<28}{'' if circuit else '  '}{text}")
+    means = [geometric_mean(column) for column in zip(*sizes_)] or [0, 0]
+    return "\n".join([
+        *lines, "{} circuits: geometric mean {:.1f} nodes, {:.1f} edges (0 counts as 1)".format(
+            len(sizes_), *means),
+        "full, circuit: binary losses in nats on the search prompts; held-out: the circuit's on "
+        "other prompts",
+        "without: the full model's loss without the circuit; random: the lowest of ten random "
+        "circuits of this size",
+        "nonsense, shuffled: edges that the same search needs for the two controls"])
+
+
+# ---- drawings -----------------------------------------------------------------------------------
 
 CSS = """
 :root { --bg: #fff; --ink: 29 39 51; --pos: 0 98 168; --neg: 206 84 0; color-scheme: light }
@@ -195,12 +305,13 @@ def picture(record):
             + "\n".join(out) + "</svg>\n")
 
 
-def page(record, title, text):
-    """A circuit as a self-contained HTML page: its picture above its listing, text."""
+def page(circuit):
+    """A circuit as a self-contained HTML page: its picture above its listing."""
+    record, text = circuit.record, f"{listing(circuit)}\n\n{explain(circuit.record['example'])}"
     wires = (("pos", "positive weight (width: relative to the largest of its kind)"),
              ("neg", "negative weight"), ("", "residual channel"))
     return document(
-        title, f"<p>{visible(record['doc'])}</p>\n",
+        circuit.task, f"<p>{visible(record['doc'])}</p>\n",
         '<p class="mute">box: channel, and the token with its highest value; at most 12 tokens a '
         "side", *(f'<svg width="32" height="8"><path class="{kind}" d="M0 4H32"/></svg>{what}'
                   for kind, what in wires), "</p>\n",
