@@ -369,7 +369,7 @@ class PlainRunner:
         return Ablation(mask.nodes, values, self.model.cfg)
 
     def logits(self, mask):
-        """The logits at the deciding positions [n, V], on the host, in the order of the prompts."""
+        """Logits at the deciding positions [n, V], on the host, in the order of the prompts."""
         params, n = self.params(mask), sum(len(index) for index, _ in self.parts)
         out = np.empty((n, self.model.cfg.vocab_size), self.model.cfg.dtype)
         for (index, part), values in zip(self.parts, self.values):
@@ -380,9 +380,9 @@ class PlainRunner:
 
 
 class FastRunner(PlainRunner):
-    """The numbers of PlainRunner, to rounding, about 30 times as fast for 24 nodes of 5,888: the same
-    forward pass, with the kept rows and columns of the matrices alone, and a hook that returns
-    arrays of kept channels.
+    """The numbers of PlainRunner, to rounding, about 30 times as fast for 24 nodes of 5,888. It is
+    the same forward pass, with the kept rows and columns of the matrices alone, and a hook that
+    returns arrays of kept channels.
 
     A head is live if it has a kept node that matters: a kept channel reads the head, or AbsTopK
     compares the node with those of other heads. All channels of a live head are run, the frozen
@@ -425,8 +425,8 @@ class FastRunner(PlainRunner):
 
     def params(self, mask):
         """The kept rows and columns of the parameters, with frozen inputs in the biases. Beside
-        them, for the hook: {site: where its kept channels stand in x}, and what idle heads write by
-        position, h0.idle [n_ctx, kept attn_out]."""
+        them, for the hook: {site: where its kept channels stand in x}, and what idle heads write
+        by position, h0.idle [n_ctx, kept attn_out]."""
         cfg, slices, p = self.model.cfg, node_slices(self.model.cfg), {}
         kept = {site: mask.nodes[channels] for site, channels in slices.items()}
         for h in (f"h{i}." for i in range(cfg.n_layer)):
@@ -680,9 +680,9 @@ def top_nodes(order, n):
 
 
 def bisect(order, good, guess=0):
-    """The mask of the fewest first nodes of an order for which `good` holds, or None if it does not
-    hold for all of them. Bisection assumes that more nodes never hurt, which is nearly true. So it
-    first looks at `guess` nodes, those of a learned mask, and doubles from there."""
+    """The mask of the fewest first nodes of an order for which `good` holds, or None if it does
+    not hold for all of them. Bisection assumes that more nodes never hurt, which is nearly true.
+    So it first looks at `guess` nodes, those of a learned mask, and doubles from there."""
     low, high, middle = -1, len(order), guess
     while high - low > 1:
         if good(top_nodes(order, middle)):
@@ -897,7 +897,7 @@ class ModelContext:
 
 @dataclass
 class Circuit:
-    """A task's circuit. record: all else that is saved, printed and drawn of it: see `describe`."""
+    """A task's circuit. record: all else that is saved, printed and drawn: see `describe`."""
     task: str
     settings: Settings
     mask: CircuitMask
@@ -909,8 +909,8 @@ class Circuit:
 def on_cores(fn, items, workers):
     """fn(item) of every item as they are done, in `workers` processes.
 
-    Processes, not threads: the arrays are so small that the interpreter's lock would leave a second
-    thread nearly nothing to do. One worker, and a GPU, stay in this process.
+    Processes, not threads: the arrays are so small that the interpreter's lock would leave a
+    second thread nearly nothing to do. One worker, and a GPU, stay in this process.
     """
     if workers == 1 or len(items) < 2 or sg.xp is not np:
         yield from map(fn, items)
@@ -947,8 +947,8 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, log=print, wo
 
     context: shared by the tasks of a model. seeds: searches with different mask seeds; the first
     is reported, the others are compared with it. workers: processes for the independent searches;
-    the result is the same. Raises CannotPrune if the model cannot do the task or no circuit reaches
-    the target, UserError on an unknown task.
+    the result is the same. Raises CannotPrune if the model cannot do the task or no circuit
+    reaches the target, UserError on an unknown task.
     """
     context = context or ModelContext(model, settings.ablation)
     task = PruningTask(model, context.frozen, name, settings)
@@ -957,7 +957,8 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, log=print, wo
                           f"{settings.target:g}")
     jobs = [("circuit", task, 0),
             ("nonsense", PruningTask(model, context.frozen, name, settings, nonsense=True), 0),
-            ("shuffled", PruningTask(context.shuffled, context.shuffled_frozen, name, settings), 0)]
+            ("shuffled", PruningTask(context.shuffled, context.shuffled_frozen, name, settings),
+             0)]
     jobs += [(f"seed {i}", task, i) for i in range(1, seeds)]
     found = dict(on_cores(functools.partial(run_search, name, log), jobs, workers))
     if found["circuit"].mask is None:
@@ -1062,8 +1063,9 @@ def check_attention(task, mask):
     if not overlap:
         return check("attention", None, "the circuit has no attention head"), {}
     text = ", ".join(f"h{i}.head.{head} {x:.0%}" for (i, head), x in overlap.items())
-    return check("attention", min(overlap.values()) >= 0.8, "shared with the full model's pattern: "
-                 f"{text} (pass: from 80% each)", overlap=min(overlap.values())), overlap
+    lowest = min(overlap.values())
+    return check("attention", lowest >= 0.8, f"shared with the full model's pattern: {text} "
+                 "(pass: from 80% each)", overlap=lowest), overlap
 
 
 # ---- what a person reads ------------------------------------------------------------------------

@@ -87,8 +87,8 @@ CODAS = "b ck d g l ll m n nd ng nt p r rd rk rt s ss st t th v x".split()
 
 @functools.cache
 def invented(n: int = 30_000) -> list[list[str]]:
-    """n different made-up words, like `zobe` or `twendal`, none of them a name, a word or a verb of
-    the lists above, in groups of one first letter; with every letter alone, n / 260 times.
+    """n different made-up words, like `zobe` or `twendal`, none of them a name, a word or a verb
+    of the lists above, in groups of one first letter; with every letter alone, n / 260 times.
 
     Training draws most of its names and words from these. From a few dozen real ones, and still
     from thousands of one make, a model learns what follows each of them, not what follows a name,
@@ -808,8 +808,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = "") -> int:
-    """The exit status of run(argv), of a program `name`: a mistake is one line on stderr and status
-    2, Ctrl-C and SIGTERM are 130. kept: what is said after these."""
+    """The exit status of run(argv), of a program `name`: a mistake is one line on stderr and
+    status 2, Ctrl-C and SIGTERM are 130. kept: what is said after these."""
     def complain(message):
         print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
 

@@ -1190,7 +1190,7 @@ def test_part_one_is_short_and_plain():
 # ---- circuits: nodes, edges, losses -------------------------------------------------------------
 
 def drawn_mask(cfg, seed, density=0.6):
-    """(model, frozen, prompts, mask) at random: zero weights, deleted nodes, often deleted edges."""
+    """(model, frozen, prompts, mask) at random: zero weights, deleted nodes, often edges."""
     rng, V = np.random.default_rng(seed), cfg.vocab_size
     params = {name: w * (rng.random(w.shape) < density) if sg.is_matrix(name) else w
               for name, w in drawn(cfg, seed)[0].items()}
@@ -1205,10 +1205,8 @@ def drawn_mask(cfg, seed, density=0.6):
     return (model, rng.standard_normal(len(nodes)), prompts,
             prune.CircuitMask(nodes, edges if rng.random() < 0.7 else None))
 
-
 def run_hook(model, ids, hook=None, positions=None):
     return host(sg.forward(model.params, ids, model.cfg, hook, positions)[0])
-
 
 def slow_circuit(model, frozen, ids, mask):
     """({place: nodes [T, C]}, logits [T, V]) of a circuit on one prompt, written out."""
@@ -1254,13 +1252,12 @@ def slow_circuit(model, frozen, ids, mask):
     logits = node("final", norm(x)) @ p["head.w"] + p["head.b"]
     return seen, logits + (p["bigram"][ids] if cfg.bigram else 0)
 
-
 @given(cfg=configs(), seed=SEEDS, square=st.booleans())
 @settings(max_examples=40)
 def test_a_circuit_computes_what_its_definition_says(backend, cfg, seed, square):
     """Both runners against a circuit written out: AbsTopK among kept nodes, deleted nodes at their
-    frozen values, deleted edges at weight x frozen value; logits in the order of the prompts. A third
-    activation, added to one table, needs no word in prune.py."""
+    frozen values, deleted edges at weight x frozen value; logits in the order of the prompts. A
+    third activation, added to one table, needs no word in prune.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sg.ACTIVATIONS, "square", lambda x: (x * x, 2 * x))
         model, frozen, prompts, mask = drawn_mask(
@@ -1277,7 +1274,6 @@ def test_a_circuit_computes_what_its_definition_says(backend, cfg, seed, square)
         assert np.allclose(row, expected, 1e-9, 1e-9)
     assert np.allclose(fast, plain, 1e-8, 1e-9) and np.allclose(*both, 1e-8, 1e-9)
 
-
 def test_a_runner_that_differs_is_named_before_a_search(cues, monkeypatch):
     """Agreement of the runners is checked at the start of every search."""
     task = cue_task()
@@ -1292,7 +1288,6 @@ def test_a_runner_that_differs_is_named_before_a_search(cues, monkeypatch):
     with pytest.raises(RuntimeError, match="h0.mlp_out"):
         prune.search(task, quiet)
 
-
 @given(cfg=configs(), seed=SEEDS)
 def test_all_nodes_are_the_model_and_no_nodes_are_constant(backend, cfg, seed):
     """The two ends of ablation: the model bit for bit, nothing but the frozen and the bigrams."""
@@ -1305,7 +1300,6 @@ def test_all_nodes_are_the_model_and_no_nodes_are_constant(backend, cfg, seed):
     final = final + (host(p["bigram"])[ids] if cfg.bigram else 0)
     assert np.allclose(run_hook(model, ids, none), final, 1e-12, 1e-12)
 
-
 class Mixed(prune.Ablation):
     """Ablation with one node at m x + (1 - m) frozen, x what it is or would be if it were kept."""
 
@@ -1316,7 +1310,6 @@ class Mixed(prune.Ablation):
             kept[c] = True
             out[:, c] = m * sg.abstopk(x * dev(kept), k)[0][:, c] + (1 - m) * frozen[node]
         return out
-
 
 @given(cfg=configs(), seed=SEEDS, data=st.data())
 def test_the_gradient_of_a_mask_is_the_derivative_of_the_loss(backend, cfg, seed, data):
@@ -1338,10 +1331,8 @@ def test_the_gradient_of_a_mask_is_the_derivative_of_the_loss(backend, cfg, seed
     assume(None not in errors)
     assert max(errors) < 1e-6
 
-
 ENDS = dict(wqkv=["attn_in", "q", "k", "v"], wo=["v", "attn_out"], wfc=["mlp_in", "neuron"],
             wproj=["neuron", "mlp_out"])
-
 
 def named(mask, model):
     """({the kept nodes' names}, {(source, target): (matrix, row, column)} of the edges), counted
@@ -1356,7 +1347,6 @@ def named(mask, model):
             if kept >= set(ends):
                 edges[ends] = name, i, j
     return kept, edges
-
 
 @given(cfg=configs(), seed=SEEDS)
 def test_edges_are_the_nonzero_weights_between_kept_nodes(backend, cfg, seed):
@@ -1373,7 +1363,6 @@ def test_edges_are_the_nonzero_weights_between_kept_nodes(backend, cfg, seed):
     less = mask.without([prune.node_number(name, cfg) for name in gone])
     assert named(less, model)[0] == kept - gone and named(mask, model) == (kept, edges)
 
-
 def test_every_node_has_a_name_and_no_other_name_has_a_node():
     """Names, as the command line and the files have them, in the order of computation."""
     cfg = tiny(n_layer=1, d_model=4)
@@ -1385,7 +1374,6 @@ def test_every_node_has_a_name_and_no_other_name_has_a_node():
         with pytest.raises(sg.UserError, match="h0.neuron"):
             prune.node_number(bad, cfg)
 
-
 def reached(links, start):
     """What paths from `start` lead to."""
     found, before = {start}, 0
@@ -1393,7 +1381,6 @@ def reached(links, start):
         before = len(found)
         found |= {b for a, b in links if a in found}
     return found
-
 
 @given(cfg=configs(), seed=SEEDS)
 @settings(max_examples=60)
@@ -1422,7 +1409,6 @@ def test_orphans_are_the_kept_nodes_on_no_path(cfg, seed):
     alive = reached(ahead, "tokens") & reached({(b, a) for a, b in back}, "logits")
     found = {prune.node_name(n, cfg) for n in prune.disconnected_nodes(mask, model, prompts)}
     assert found == kept - alive
-
 
 @given(seed=SEEDS, n=st.integers(1, 12), size=st.sampled_from([0.1, 1, 10]),
        bias=st.sampled_from([0, 1, 5]))
@@ -1464,7 +1450,6 @@ def test_bisection_finds_the_fewest_in_few_steps(data, n):
     assert len(calls) <= 4 + 2 * math.log2(min(least, n) + 1) and (found is None) == (least > n)
     assert found is None or set(np.flatnonzero(found.nodes)) == set(order[:least])
 
-
 @given(n=st.integers(0, 9), seed=SEEDS, monotone=st.booleans(), target=st.floats(0.1, 2))
 @settings(max_examples=60)
 def test_cleaning_ends_where_nothing_can_go_alone(n, seed, monotone, target):
@@ -1475,10 +1460,9 @@ def test_cleaning_ends_where_nothing_can_go_alone(n, seed, monotone, target):
         if monotone:
             return sum(w for i, w in enumerate(weights) if i not in mask)
         return 2 * random.Random(f"{seed} {sorted(mask)}").random() * (len(mask) < n)
-    found = prune.delete_greedily(frozenset(range(n)), sorted, lambda mask, items: mask - set(items), loss,
-                        target, quiet, "")
+    found = prune.delete_greedily(frozenset(range(n)), sorted, lambda mask, gone: mask - set(gone),
+                                  loss, target, quiet, "")
     assert loss(found) <= target < min((loss(found - {i}) for i in found), default=math.inf)
-
 
 # A network wired by hand, whose circuit is known, and tasks of its own. From `=`, head 0 looks for
 # the first token, whose value a neuron of the next block sends on to `x` and `y`.
@@ -1494,27 +1478,22 @@ NEEDLESS = {  # edges of little effect between these, a weak copy of v.0, noise 
     ("h0.mlp.wproj", 20, 3): 0.1}
 FEW = prune.Settings(runs=1, steps=60, search_pairs=16)
 
-
 def cue(w):
     """The first token decides: `<ab=` -> `x`, `>ab=` -> `y`."""
     junk = "".join(w.rng.choices("abcd", k=6 if w.large else w.pick(3, 4, 5)))
     return (f"<{junk}=", "x", ""), (f">{junk}=", "y", "")
 
-
 def hopeless(w):
     """Nothing in the network tells what decides: `c` -> `x`, `d` -> `y`."""
     return tuple((f"{'cd'[i]}{side[0][1:]}", *side[1:]) for i, side in enumerate(cue(w)))
-
 
 def trivial(w):
     """The last token decides, which the bigram table knows."""
     return tuple((side[0][1:-1] + side[0][0], *side[1:]) for side in cue(w))
 
-
 def endless(w):
     """Longer than the context."""
     return tuple((9 * side[0], *side[1:]) for side in cue(w))
-
 
 @contextmanager
 def own_tasks():
@@ -1524,12 +1503,10 @@ def own_tasks():
         patch.setattr(tasks, "surround", lambda w, sides: list(sides))
         yield
 
-
 @pytest.fixture
 def cues(clean):
     with own_tasks():
         yield
-
 
 def wired(seed=0, threads=1):
     """The network. Channels from 8 on are busy with something else; v.0 sees `a` and `b` too."""
@@ -1555,19 +1532,17 @@ def wired(seed=0, threads=1):
     text = np.random.default_rng(0).choice(list(b"<>abcd" * 5 + b"="), (64, 16))
     return sg.Model(on_device(p), cfg, sg.Tokenizer([]), text)
 
-
 def cue_task(model=None, name="cue", settings=None, **more):
     """A PruningTask of the network."""
     model = model or wired()
-    return prune.PruningTask(model, prune.ModelContext(model).frozen, name, settings or FEW, **more)
-
+    frozen = prune.ModelContext(model).frozen
+    return prune.PruningTask(model, frozen, name, settings or FEW, **more)
 
 @functools.cache
 def found_circuit():
     """The Circuit that `prune` finds in the network."""
     with own_tasks():
         return prune.prune(wired(), "cue", FEW, log=quiet)
-
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_the_circuit_of_a_network_wired_by_hand_is_found(backend, cues, ablation):
@@ -1580,45 +1555,41 @@ def test_the_circuit_of_a_network_wired_by_hand_is_found(backend, cues, ablation
     assert task.full_loss() < 0.05 and found.loss < 0.05 and found.stages[-1] == dict(
         stage="edges cleaned", nodes=11, edges=6, loss=pytest.approx(found.loss))
 
-
 @pytest.mark.parametrize("nonsense, aim", [(False, 0.135), (True, 0.135)])
 def test_a_control_is_searched_as_hard_as_its_task(cues, monkeypatch, nonsense, aim):
     """Masks are trained to the same loss, however bad the full model is at a control."""
     model, aims = wired(), []
-    problem = prune.PruningTask(model, prune.ModelContext(model).frozen, "cue", FEW, nonsense)
-    assert (problem.full_loss() > 2) == nonsense
+    task = cue_task(model, nonsense=nonsense)
+    assert (task.full_loss() > 2) == nonsense
 
     def learn_masks(*args):
         aims.append(args[-1])
         return np.arange(368), np.ones(368)
     monkeypatch.setattr(prune, "learn_masks", learn_masks)
-    monkeypatch.setattr(prune, "clean", lambda problem, mask, *_: (mask, prune.Calibration(), 0.0))
-    prune.search(problem, quiet)
+    monkeypatch.setattr(prune, "clean", lambda task, mask, *_: (mask, prune.Calibration(), 0.0))
+    prune.search(task, quiet)
     assert aims == [pytest.approx(aim)]
-
 
 def test_a_huge_circuit_is_not_cleaned_and_says_so(cues, monkeypatch):
     """It is returned as it came, within the target."""
     model, stages = wired(), []
-    problem = prune.PruningTask(model, prune.ModelContext(model).frozen, "cue", FEW)
+    task = cue_task(model)
     every = prune.CircuitMask(np.ones(368, bool))
-    monkeypatch.setattr(prune, "TOO_LARGE", problem.size(every)[1] - 1)
-    mask, calibration, loss = prune.clean(problem, every, lambda *stage: stages.append(stage), quiet)
-    assert mask is every and loss == problem.loss(every, calibration) <= FEW.target
+    monkeypatch.setattr(prune, "TOO_LARGE", task.size(every)[1] - 1)
+    mask, calibration, loss = prune.clean(task, every, lambda *stage: stages.append(stage),
+                                          quiet)
+    assert mask is every and loss == task.loss(every, calibration) <= FEW.target
     assert [name for name, *_ in stages] == ["not cleaned: too large"]
-
 
 def test_learned_masks_rank_the_nodes_of_a_circuit_first(cues):
     """The search before it is cleaned: few of 368 nodes do the task. The baseline, attribution, is
     the gradient on all prompts."""
     model = wired()
-    problem = prune.PruningTask(model, prune.ModelContext(model).frozen, "cue", dataclasses.replace(
-        FEW, steps=150))
-    order, _ = prune.learn_masks(problem, 1e-3, 0.01, 1.0, [0, 1], quiet)
-    assert prune.bisect(order, lambda mask: problem.loss(mask) < 0.15).nodes.sum() < 20
-    _, grad = prune.gradient(model, problem.pool, np.ones(368, bool), problem.frozen)
-    assert (np.diff(grad[prune.rank_by_attribution(problem)]) >= -1e-9).all()
-
+    task = cue_task(model, settings=dataclasses.replace(FEW, steps=150))
+    order, _ = prune.learn_masks(task, 1e-3, 0.01, 1.0, [0, 1], quiet)
+    assert prune.bisect(order, lambda mask: task.loss(mask) < 0.15).nodes.sum() < 20
+    _, grad = prune.gradient(model, task.pool, np.ones(368, bool), task.frozen)
+    assert (np.diff(grad[prune.rank_by_attribution(task)]) >= -1e-9).all()
 
 def test_no_circuit_is_found_where_there_is_none(cues):
     """The controls: answers dealt out at random to the same prompts, and the same weights at
@@ -1631,14 +1602,13 @@ def test_no_circuit_is_found_where_there_is_none(cues):
     assert 10 < (one.right != two.right)[::2].sum() < 22
     assert np.array_equal(two.right == ord("x"), two.sign > 0)
     other = prune.PruningTask(study.shuffled, study.shuffled_frozen, "cue", FEW)
-    for problem in (nonsense, other):
-        found = prune.search(problem, quiet)
+    for task in (nonsense, other):
+        found = prune.search(task, quiet)
         assert found.mask is None and found.loss > 0.15
     for name, w in study.model.params.items():
         dealt = study.shuffled.params[name]
         assert np.array_equal(np.sort(w, None), np.sort(dealt, None))
         assert np.array_equal(w != 0, dealt != 0)
-
 
 def test_a_task_that_needs_no_node_has_an_empty_circuit(cues, monkeypatch):
     """What the bigram table alone does: checked, saved and drawn like any other."""
@@ -1652,7 +1622,6 @@ def test_a_task_that_needs_no_node_has_an_empty_circuit(cues, monkeypatch):
     json.loads(Path("circuits/trivial.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert "trivial" in prune.listing(circuit) and not prune.explain(circuit.record["example"])
 
-
 def test_a_circuit_is_judged_by_prompts_that_it_was_not_calibrated_on(cues):
     """No pair is on both sides; the loss is that of the one side, calibrated on the other."""
     task = prune.PruningTask(wired(), np.zeros(368, "f4"), "cue", FEW)
@@ -1665,15 +1634,14 @@ def test_a_circuit_is_judged_by_prompts_that_it_was_not_calibrated_on(cues):
     loss = sg.score(calibration.logits(logits[0], task.judged), task.judged).binary
     assert task.loss(mask) == pytest.approx(loss, rel=1e-4)
 
-
 def test_masks_are_learned_by_adamw_through_a_sigmoid(cues, monkeypatch):
     """The rule (paper A.5) written out, with the sigmoid's slope taken numerically."""
     s = dataclasses.replace(FEW, steps=40)
-    problem = prune.PruningTask(wired(), np.zeros(368, "f4"), "cue", s)
+    task = prune.PruningTask(wired(), np.zeros(368, "f4"), "cue", s)
     rng, group, kept = np.random.default_rng(1), np.arange(368), []
     noise, need = 0.2 * randoms(rng, 40, 1) * randoms(rng, 40, 368), 0.2 * randoms(rng, 368)
     for h, c in np.ndindex(2, 16):
-        q, k = (prune.node_number(f"h{h}.{x}.{c}", problem.model.cfg) for x in "qk")
+        q, k = (prune.node_number(f"h{h}.{x}.{c}", task.model.cfg) for x in "qk")
         group[k] = q
 
     def gradient(model, prompts, nodes, frozen, calibration):
@@ -1682,9 +1650,9 @@ def test_masks_are_learned_by_adamw_through_a_sigmoid(cues, monkeypatch):
         return margin, need * (1 + nodes) + noise[len(kept) - 1]
     monkeypatch.setattr(prune, "gradient", gradient)
     monkeypatch.setattr(prune, "calibrate", lambda margin, sign: prune.Calibration())
-    _, t = prune.learn_masks(problem, 0.02, 0.0, 0.2, [0, 0], quiet)  # at rate 0: as it starts
+    _, t = prune.learn_masks(task, 0.02, 0.0, 0.2, [0, 0], quiet)  # at rate 0: as it starts
     kept.clear()
-    order, tau = prune.learn_masks(problem, 0.02, 0.06, 0.2, [0, 0], quiet)
+    order, tau = prune.learn_masks(task, 0.02, 0.06, 0.2, [0, 0], quiet)
     m = v = use = np.zeros(368)
     for step, keep in enumerate(kept):
         assert np.array_equal(keep, t >= 0)
@@ -1700,14 +1668,14 @@ def test_masks_are_learned_by_adamw_through_a_sigmoid(cues, monkeypatch):
     assert (np.diff(tau[order]) <= 0).all() and sorted(order) == list(range(368))
     assert (np.diff(use[order][tau[order] == 1]) <= 1e-12).all()
 
-
 def test_the_same_seed_finds_the_same_circuit_with_any_number_of_processes(cues):
     """Everything that is saved, digit for digit, but the number of threads itself."""
     one = found_circuit()
     other = prune.prune(wired(threads=3), "cue", FEW, log=prune.quiet, workers=2)
     other.record["model"]["config"]["threads"] = 1
     assert one.record == other.record and one.calibration == other.calibration
-    assert np.array_equal(one.mask.nodes, other.mask.nodes) and np.array_equal(one.frozen, other.frozen)
+    assert np.array_equal(one.mask.nodes, other.mask.nodes)
+    assert np.array_equal(one.frozen, other.frozen)
 
 
 # ---- circuits: what is measured and printed -----------------------------------------------------
@@ -1724,7 +1692,6 @@ def test_mean_activations_are_those_of_the_model_as_it_runs(backend, cfg, seed, 
     means = prune.mean_activations(model, prompts.ids)
     assert np.allclose(means, total / prompts.ids.size, 1e-9, 1e-12)
 
-
 def test_a_checkpoint_holds_windows_of_its_training_text(prose):
     """Frozen values are means over them, and need no corpus."""
     model = sg.train(tiny(steps=1), log=quiet)
@@ -1732,10 +1699,9 @@ def test_a_checkpoint_holds_windows_of_its_training_text(prose):
     assert model.text.shape == (64, 8) and len({row.tobytes() for row in model.text}) > 30
     assert all(row.astype(np.uint16).tobytes() in stream for row in model.text)
 
-
 @given(cfg=configs(), seed=SEEDS)
 def test_attention_weights_sum_to_one_and_give_attentions_output(backend, cfg, seed):
-    """Patterns that are printed and compared are those of the forward pass, the sink's share last."""
+    """Patterns that are printed and compared are those of the forward pass, the sink's last."""
     params, ids, _ = drawn(cfg, seed)
     cache = sg.forward(on_device(params), ids, cfg)[1]
     weights = prune.attention_weights(cache, 0)
@@ -1743,7 +1709,6 @@ def test_attention_weights_sum_to_one_and_give_attentions_output(backend, cfg, s
     v, out = host(cache["h0.attention"][2]), host(cache["h0.wo"][0])
     if len(out) == ids.size:  # one block alone may go on with some rows only
         assert np.allclose((weights[..., :-1] @ v).transpose(0, 2, 1, 3).reshape(out.shape), out)
-
 
 @given(cfg=configs(act="relu", afrac=1.0, sink=False), seed=SEEDS)
 def test_weights_and_effective_biases_add_up_to_the_nodes(cfg, seed):
@@ -1762,7 +1727,6 @@ def test_weights_and_effective_biases_add_up_to_the_nodes(cfg, seed):
         x = max(x, 0) if "neuron" in name else x
         assert value[prune.node_number(name, cfg)] == pytest.approx(x, abs=1e-9)
 
-
 def test_a_node_set_by_hand_is_frozen_in_the_full_model(cues):
     """--set: the same as a hook that gives the node that value, and nothing else is deleted."""
     model, lines = wired(), []
@@ -1780,7 +1744,6 @@ def test_a_node_set_by_hand_is_frozen_in_the_full_model(cues):
         lines.append(prune.intervene(model, "cue", {neuron: value}, FEW)[-1])
         assert f"loss {loss:.4f}" in lines[-1]
     assert lines[0] != lines[1]
-
 
 def test_what_is_said_of_the_known_circuit_is_true(cues):
     """Its links, its losses, the walk through a prompt pair, attention, checks, --set."""
@@ -1820,10 +1783,8 @@ def test_what_is_said_of_the_known_circuit_is_true(cues):
     assert "accuracy 100.0%" in as_it_is and f"loss {score['binary']:.4f}" in as_it_is
     assert "accuracy 50.0%" in changed
 
-
 NODE = r"\b(?:h\d+\.(?:attn_in|q|k|v|attn_out|mlp_in|neuron|mlp_out)|final)\.\d+"
 NASTY = "</script><b>\"&' \\\ud800"
-
 
 def nasty(x):
     """A record with a hostile end to every text that is no node's name."""
@@ -1833,12 +1794,10 @@ def nasty(x):
         return {key: nasty(value) for key, value in x.items()}
     return list(map(nasty, x)) if isinstance(x, (list, tuple)) else x
 
-
 def links_of(record):
     """{(from, to)} of all connections, tokens among them."""
     return {(e.get("from", e.get("token")), e.get("to", e.get("token")))
             for kind in ("edges", "residual", "embed", "unembed") for e in record[kind]}
-
 
 def test_the_listing_has_every_node_and_edge_and_no_other():
     """Text: each node is a heading once, its edges with their weights are under it."""
@@ -1850,7 +1809,6 @@ def test_the_listing_has_every_node_and_edge_and_no_other():
     assert sorted(headings) == sorted(NODES)
     assert found == {(e["from"], e["to"], round(e["weight"], 3)) for e in record["edges"]}
     assert set(re.findall(NODE, prune.explain(record["example"]))) == NODES
-
 
 class Page(html.parser.HTMLParser):
     """The tags of a page, which have to balance, its texts and its attributes."""
@@ -1876,12 +1834,10 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, text):
         self.texts.append(text)
 
-
 def page_of(circuit):
     """A circuit's page, as it is saved."""
     prune.save_drawings(Path("drawn.json"), circuit)
     return Path("drawn.html").read_bytes().decode("utf-8", "surrogatepass")
-
 
 @pytest.mark.parametrize("change", [dict, nasty])
 def test_the_drawings_have_every_node_and_edge_and_nothing_from_outside(change):
@@ -1917,10 +1873,8 @@ def write_circuit():
     prune.save("circuits/cue.json", found_circuit())
     return json.loads(Path("circuits/cue.json").read_text())
 
-
 def run_prune(capsys, line):
     return run_main(capsys, *line.split(), main=prune.main)
-
 
 def test_a_circuit_file_gives_back_the_circuit_and_its_losses(cues):
     """Cut, calibration, means and settings; every printed loss comes out again."""
@@ -1934,7 +1888,6 @@ def test_a_circuit_file_gives_back_the_circuit_and_its_losses(cues):
     assert named(two.mask, model) == named(one.mask, model)
     assert two.record == json.loads(json.dumps(one.record))
     assert prune.verify(two, model) == []
-
 
 @pytest.mark.parametrize("change", ["weight", "edge", "loss", "mean"])
 def test_a_circuit_that_is_not_the_models_is_seen(cues, change, capsys):
@@ -1958,14 +1911,12 @@ def test_a_circuit_that_is_not_the_models_is_seen(cues, change, capsys):
     else:
         assert (status, err) == (1, "") and "circuit" in out and "the file says" in out
 
-
 def check_refused(capsys, content):
     """Fails unless each command that reads a circuit refuses this one in a line."""
     write({"circuits/cue.json": content})
     for line in ("--check circuits/cue.json", "cue --explain"):
         status, out, err = run_prune(capsys, line + " --model model.npz")
         assert (status, out, err.count("\n")) == (2, "", 1) and "cue.json" in err
-
 
 @pytest.mark.parametrize("content", [
     "", "5", "null", '"x"', "[]", "{}", "[" * 10**5, '{"format": 1}', "\xff", "PK\x03",
@@ -1979,12 +1930,11 @@ def test_a_foreign_old_or_truncated_file_is_no_circuit(cues, content, capsys):
         content = text.replace(prune.FORMAT, content)
     check_refused(capsys, content.encode("latin-1"))
 
-
 @given(data=st.data(),
        value=st.sampled_from(["gone", None, 5, -1, "x", [], {}, math.nan, 10**400]))
 @settings(max_examples=60)
 def test_a_damaged_circuit_file_is_refused(cues, capsys, data, value):
-    """A key, an item or a value missing, other or of another type, anywhere: the checksum tells."""
+    """A key, item or value missing, other or of another type, anywhere: the checksum tells."""
     content = at = write_circuit()
     while True:
         key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
@@ -1997,14 +1947,12 @@ def test_a_damaged_circuit_file_is_refused(cues, capsys, data, value):
         del at[key]
     check_refused(capsys, json.dumps(content).encode())
 
-
 def test_a_circuit_under_another_tasks_name_is_not_its_circuit(cues, capsys):
     """Neither explained nor kept: a file that was copied or renamed."""
     write_circuit()
     Path("circuits/cue.json").rename("circuits/hopeless.json")
     status, out, err = run_prune(capsys, "hopeless --explain --model model.npz")
     assert (status, out) == (2, "") and "circuit of cue" in err
-
 
 @pytest.fixture
 def brief(cues, monkeypatch):
@@ -2019,7 +1967,6 @@ def brief(cues, monkeypatch):
         real(given), steps=60, search_pairs=16))
     sg.save("model.npz", wired())
 
-
 @pytest.mark.parametrize("line, said", [
     ("ceu", "cue"), ("", "name a task"), ("cue --sede 3", "did you mean --seed"),
     ("cue --model none.npz", "none.npz"), ("cue --model text.txt", "text.txt"),
@@ -2030,7 +1977,8 @@ def brief(cues, monkeypatch):
     ("cue --target nan", "--target"), ("cue --target 5", "--target"), ("cue --out c/a", "c/a"),
     ("cue --target x", "--target"), ("cue --runs 0", "--runs"), ("cue --seeds 0", "--seeds"),
     ("cue --seed -1", "--seed"), ("cue --runs x", "--runs"),
-    ("all --set final.1=0", "name a task"), ("all --explain", "name a task"), ("cue --model", "--model"),
+    ("all --set final.1=0", "name a task"), ("all --explain", "name a task"),
+    ("cue --model", "--model"),
     ("cue --set h1.neuron.5", "h1.neuron.5"), ("cue --set h1.neuron.99=1", "h1.neuron.99"),
     ("cue --set h1.neuron.5=x", "--set"), ("cue --set h1.neuron.5=nan", "nan"),
     ("cue --set h1.neuron.5=1e39", "--set"), ("cue --seeds 2 --explain", "--seeds"),
@@ -2053,7 +2001,6 @@ def test_a_mistake_in_pruning_is_one_line_and_status_two(brief, line, said, caps
     status, out, err = run_prune(capsys, line + " --model model.npz" * ("--model" not in line))
     assert (status, out, err.count("\n")) == (2, "", 1) and "Traceback" not in err and said in err
     assert files() == before
-
 
 def test_the_whole_path_of_pruning_runs(brief, capsys):
     """Prune, check, explain, set, ablate."""
@@ -2079,7 +2026,6 @@ def test_the_whole_path_of_pruning_runs(brief, capsys):
     assert own == pytest.approx([example["margins"][0], -example["margins"][1]], abs=2e-3)
     assert (status, err) == (0, "") and "first answer 'x', second 'y'" in out
 
-
 def test_all_tasks_are_pruned_and_finished_circuits_are_kept(brief, capsys):
     """A task that cannot be pruned ends nothing. A second run does only what is missing, damaged
     or asked for otherwise."""
@@ -2104,29 +2050,26 @@ def test_all_tasks_are_pruned_and_finished_circuits_are_kept(brief, capsys):
     assert run() == (first, False)
     assert run("--target 0.1")[1] is False
 
-
 def test_a_curve_reaches_its_targets_and_only_grows(brief):
     """What a point says is so, a lower target never takes fewer edges, and what the full model
     does not reach is not asked for."""
     model = wired()
-    problem = prune.PruningTask(model, prune.ModelContext(model).frozen, "cue",
-                            dataclasses.replace(FEW, steps=60))
-    points = compare.curve(problem, prune.Progress("", quiet))
+    task = cue_task(model, settings=dataclasses.replace(FEW, steps=60))
+    points = compare.curve(task, prune.Progress("", quiet))
     assert [target for target, *_ in points] == [0.15, 0.3]
     for target, mask, size in points:
-        assert problem.loss(mask) <= target and problem.size(mask) == size
+        assert task.loss(mask) <= target and task.size(mask) == size
     assert points[0][2][1] >= points[1][2][1] >= 6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "SWEEP", (0.3, 0.99 * problem.full_loss()))
-        assert [target for target, *_ in compare.curve(problem, prune.Progress("", quiet))] == [0.3]
-
+        patch.setattr(compare, "SWEEP", (0.3, 0.99 * task.full_loss()))
+        points = compare.curve(task, prune.Progress("", quiet))
+        assert [target for target, *_ in points] == [0.3]
 
 def test_the_masks_of_a_curve_are_trained_once_under_the_full_models_loss(brief, monkeypatch):
     """Else a target just above that loss is missed by masks that end a little over it."""
     model, aims, real = wired(), [], prune.learn_masks
-    problem = prune.PruningTask(model, prune.ModelContext(model).frozen, "cue",
-                            dataclasses.replace(FEW, steps=9))
-    full = problem.full_loss()
+    task = cue_task(model, settings=dataclasses.replace(FEW, steps=9))
+    full = task.full_loss()
 
     def spy(*args):
         aims.append(args[-1])
@@ -2134,18 +2077,15 @@ def test_the_masks_of_a_curve_are_trained_once_under_the_full_models_loss(brief,
 
     monkeypatch.setattr(prune, "learn_masks", spy)
     monkeypatch.setattr(compare, "AIMS", (1.05 * full, 0.9 * full, 0.8 * full))
-    compare.curve(problem, prune.Progress("", quiet))
+    compare.curve(task, prune.Progress("", quiet))
     assert aims == pytest.approx([1.025 * full, 0.81 * full])
-
 
 def test_nothing_is_done_by_no_worker():
     """A second run with every item finished asks for none."""
     assert list(prune.on_cores(abs, [], 2)) == []
 
-
 def run_compare(capsys, line):
     return run_main(capsys, *line.split(), main=compare.main)
-
 
 def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys):
     """A model against itself is 1 to 1; models of unequal loss are said not to match."""
@@ -2170,12 +2110,12 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys):
     assert "A/B" not in run_compare(capsys, "model.npz --out c")[1]  # one model: no ratio
     before = Path("c/compare.json").read_bytes()
     status, _, err = run_compare(capsys, line + " --target 0.3")
-    assert status == 2 and "other settings" in err and Path("c/compare.json").read_bytes() == before
+    assert status == 2 and "other settings" in err
+    assert Path("c/compare.json").read_bytes() == before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prune, "TOO_LARGE", 1)
         row = compare.compare_one([prune.ModelContext(wired())], FEW, (0, "cue"))
         assert row["points"] and row["cleaned"] is None  # what is left as it is, is not cleaned
-
 
 @pytest.mark.parametrize("line, said", [
     ("", "FILE"), ("none.npz", "none.npz"), ("model.npz --tasks ceu", "cue"),
@@ -2189,7 +2129,6 @@ def test_a_mistake_in_comparing_is_one_line_and_status_two(brief, line, said, ca
     before = files()
     status, out, err = run_compare(capsys, line)
     assert (status, out, err.count("\n")) == (2, "", 1) and said in err and files() == before
-
 
 def test_circuits_for_resampled_values_are_found_by_resampled_values(brief, capsys):
     """Masks, losses and sizes are of the stronger ablation: what is said to reach the target does,
@@ -2212,7 +2151,6 @@ def test_circuits_for_resampled_values_are_found_by_resampled_values(brief, caps
     assert (status, err) == (0, "")
     [row, *_] = json.loads(Path("r/compare.json").read_text())["rows"]
     assert row["points"] and row["cleaned"] is None and row["without"] is not None
-
 
 def test_seeds_of_a_model_are_pooled_and_shown_apart():
     """Ratios are taken within a run of one model of each kind, and a task counts where all models
@@ -2240,7 +2178,6 @@ def test_seeds_of_a_model_are_pooled_and_shown_apart():
     short, long = sg.Config(steps=10, seed=1, out="short.npz"), sg.Config()
     assert compare.kind_of(short) == compare.kind_of(long)  # equal loss may take fewer steps
     assert compare.kind_of(dataclasses.replace(short, lr=1.0)) != compare.kind_of(long)
-
 
 def test_an_interrupted_search_is_status_130_and_the_next_one_runs(brief, capsys, monkeypatch):
     """Ctrl-C ends that run, writes nothing, and leaves nothing behind."""
