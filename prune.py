@@ -16,23 +16,24 @@ keep the fewest nodes that reach the target loss; delete every node and edge tha
 do without, one at a time (the paper did this by hand, and kept all edges).
 
 The file reads from top to bottom: nodes and edges, prompts and losses, running a circuit, a faster
-runner, the search, one model with its tasks, checks, readings, files, drawings, command line.
+runner, the search, one model with its tasks, checks, files, command line. docs/ has what prints,
+draws and questions a circuit.
 """
 import argparse
 import dataclasses
 import functools
 import hashlib
-import html
 import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,10 +42,10 @@ import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
 import numpy as np
 
 import tasks
-from docs import show
+from docs import ask, readings, show, trace
 from docs.show import explain, listing
 
-FORMAT = "sparsegpt-circuit-2"  # the version of a circuit's file
+FORMAT = "sparsegpt-circuit-3"  # the version of a circuit's file
 
 
 # ---- nodes and edges ----------------------------------------------------------------------------
@@ -82,6 +83,15 @@ def node_number(name, cfg):
         raise sg.UserError(f"no node {name!r}; a node is a site and a channel, as in h0.neuron.17 "
                            f"or final.3; the sites are {', '.join(node_slices(cfg))}")
     return part.start + int(channel)
+
+
+def nodes_named(name, cfg):
+    """The node of a name as [number]; of a head, as h1.head.5, its q, k and v channels."""
+    block, _, head = name.partition(".head.")
+    if head.isdecimal() and f"{block}.q" in node_slices(cfg) and len(head) < 9 and (
+            int(head) < cfg.d_model // cfg.d_head):
+        return head_nodes(every_node(cfg), cfg, block, int(head))
+    return [node_number(name, cfg)]
 
 
 class Matrix(NamedTuple):
@@ -164,22 +174,43 @@ def heads_of(mask, cfg):
     return out
 
 
+def head_nodes(mask, cfg, block, head):
+    """The kept q, k and v channels of a head, by number. block: as in h0."""
+    starts = [node_slices(cfg)[f"{block}.{site}"].start + head * cfg.d_head for site in "qkv"]
+    channels = np.concatenate([np.arange(start, start + cfg.d_head) for start in starts])
+    return channels[mask.nodes[channels]].tolist()
+
+
+def residual_links(mask, cfg):
+    """[(writer, reader)] of the kept nodes at one channel of the residual stream, by number."""
+    links, writers = [], defaultdict(list)
+    for site, part in node_slices(cfg).items():
+        for channel in np.flatnonzero(mask.nodes[part]):
+            if site.endswith(("_in", "final")):
+                links += [(writer, int(part.start + channel)) for writer in writers[channel]]
+            elif site.endswith("_out"):
+                writers[channel].append(int(part.start + channel))
+    return links
+
+
 # ---- prompts and losses -------------------------------------------------------------------------
 
 class CannotPrune(sg.UserError):
     """The model cannot do the task at the target loss, or cannot read its prompts."""
 
 
-def make_prompts(model, task, n, seed, split="eval", nonsense=False):
-    """The Prompts of n pairs of a task. nonsense: the right answer is drawn at random for each
-    pair, so that no rule decides it. Raises CannotPrune if the model can use none of them."""
+def make_prompts(model, task, n, seed, split="eval", labels="true"):
+    """The Prompts of n pairs of a task. labels: "nonsense" draws the right answer of each pair at
+    random, so that no rule decides it; "inverted" swaps right and wrong of all. Raises CannotPrune
+    if the model can use none of them."""
     try:
         pairs = tasks.pairs(task, n, seed, split)
         prompts = sg.task_prompts(model.tok, pairs, model.cfg.n_ctx)
     except ValueError as e:
         raise CannotPrune(str(e)) from e
-    if nonsense:
-        swap = np.repeat(np.random.default_rng(seed).random(len(prompts.last) // 2) < 0.5, 2)
+    if labels != "true":
+        chance = dict(nonsense=0.5, inverted=1.0)[labels]
+        swap = np.repeat(np.random.default_rng(seed).random(len(prompts.last) // 2) < chance, 2)
         prompts = prompts._replace(right=np.where(swap, prompts.wrong, prompts.right),
                                    wrong=np.where(swap, prompts.right, prompts.wrong),
                                    sign=np.where(swap, -prompts.sign, prompts.sign))
@@ -195,50 +226,6 @@ def margins(logits, prompts):
 def logistic(margin):
     """The binary loss in nats of margins [n]."""
     return float(np.logaddexp(0, -margin).mean())
-
-
-class Calibration(NamedTuple):
-    """A scale of the logits, and a shift of the first answer's logit against the second's."""
-    scale: float = 1.0
-    shift: float = 0.0
-
-    def margins(self, logits, prompts):
-        """The margins of calibrated logits."""
-        return self.scale * margins(logits, prompts) + self.shift * prompts.sign
-
-    def logits(self, logits, prompts):
-        """Calibrated logits, float64 [n, V]."""
-        out, rows = self.scale * logits.astype(np.float64), np.arange(len(logits))
-        out[rows, prompts.right] += prompts.sign * self.shift / 2
-        out[rows, prompts.wrong] -= prompts.sign * self.shift / 2
-        return out
-
-
-def calibrate(margin, sign, ridge=0.01):
-    """The Calibration that minimizes the mean logistic loss of margins, by Newton's method (paper
-    A.5).
-
-    With a free scale, any circuit that gets every prompt right would reach any target. So the
-    scale is held to 1/2 to 2, and a ridge penalty draws scale and shift towards 1 and 0.
-    """
-    x, start = np.stack([margin, sign], 1).astype(np.float64), np.array([1.0, 0.0])
-    now = start.copy()  # scale and shift
-
-    def loss(w):
-        return np.logaddexp(0, -x @ w).mean() + ridge / 2 * ((w - start) ** 2).sum()
-
-    for free in (slice(0, 2), slice(1, 2)):  # both, then the shift once the scale is in bounds
-        for _ in range(10):
-            p = np.exp(-np.logaddexp(0, x @ now))  # the probability of the wrong answer
-            slope = ridge * (now - start) - (x * p[:, None]).mean(0)
-            curvature = (x * (p * (1 - p))[:, None]).T @ x / len(x) + ridge * np.eye(2)
-            step, size = np.zeros(2), 1.0
-            step[free] = np.linalg.solve(curvature[free, free], slope[free])
-            while loss(now - size * step) > loss(now) and size > 1e-9:
-                size /= 2
-            now = now - size * step
-        now[0] = np.clip(now[0], 0.5, 2)
-    return Calibration(float(now[0]), float(now[1]))
 
 
 # ---- running a circuit --------------------------------------------------------------------------
@@ -280,6 +267,20 @@ class Ablation:
         return dx if active is None else dx * active
 
 
+class Gated(Ablation):
+    """An Ablation in which those of the kept nodes are active that are so in the full model. seen:
+    the values of its nodes, of a Recorder."""
+
+    def __init__(self, nodes, frozen, cfg, seen):
+        super().__init__(nodes, frozen, cfg)
+        self.seen = seen
+
+    def forward(self, site, x, k):
+        if k < x.shape[1]:
+            x = x * (self.seen[site] != 0)
+        return sg.xp.where(self.nodes[self.slices[site]], x, self.frozen[site])
+
+
 class Recorder:
     """A hook that keeps the nodes' values: `seen` is {site: [N, C]}. hook: computes them in place
     of the model's AbsTopK."""
@@ -305,6 +306,13 @@ def mean_activations(model, ids):
 
     totals = sg.parallel(sums, range(0, len(ids), 4), model.cfg.threads)
     return (sum(totals) / ids.size).astype(model.cfg.dtype)
+
+
+def activations(model, prompt):
+    """{site: [T, C]} of every node of the full model on one prompt, <start> first."""
+    record, ids = Recorder(), [model.tok.EOT, *model.tok.encode(prompt)]
+    sg.forward(model.params, np.array([ids]), model.cfg, record)
+    return {site: sg.to_host(x) for site, x in record.seen.items()}
 
 
 def resample(model, prompts, text, rng):
@@ -521,12 +529,12 @@ def agree(task):
 @dataclass(frozen=True)
 class Settings:
     """What decides a search."""
-    target: float = 0.15     # binary loss in nats that the circuit may have, calibrated
+    target: float = 0.15     # binary loss in nats that the circuit may have
     ablation: str = "mean"   # what deleted nodes are frozen at: mean, zero, or resample
     runs: int = 1            # mask trainings; one more if those fell just short
     steps: int = 400         # of each
     pairs: int = 8           # prompt pairs a step
-    search_pairs: int = 64   # pairs that the loss is measured on, and as many to calibrate on
+    search_pairs: int = 64   # pairs that the loss is measured on; masks see twice as many
     seed: int = 0
 
 
@@ -536,11 +544,13 @@ TOO_LARGE = 2000  # edges that are not cleaned: thousands of trials of a quarter
 
 
 class Progress:
-    """Prints a line about a stage every few seconds."""
+    """One line on stderr that rewrites itself; silent without a name, and where stderr is not a
+    terminal."""
 
-    def __init__(self, name, log=print, every=5.0):
-        self.name, self.log, self.every, self.stage = name, log, every, None
+    def __init__(self, name=""):
+        self.name, self.stage = name, None
         self.began = self.last = time.perf_counter()
+        self.shown = bool(name) and sys.stderr.isatty()
 
     def __call__(self, stage, done, total, note=""):
         """Say that `done` of `total` of a stage are done."""
@@ -550,50 +560,43 @@ class Progress:
         now = time.perf_counter()
         if stage != self.stage:
             self.stage, self.began = stage, now
-        elif now - self.last > self.every and done:
+        elif self.shown and now - self.last > 1 and done:
             self.last = now
-            left = (now - self.began) * (total - done) / done
-            self.log(f"  {self.name}: {stage}, {done} of {total}, {note}{sg.clock(left)} left")
+            left = sg.clock((now - self.began) * (total - done) / done)
+            print(f"\r\033[K{self.name}: {stage}, {done} of {total}, {note}{left} left\r", end="",
+                  file=sys.stderr, flush=True)
 
 
 class PruningTask:
     """A model and a task to find circuits for: the prompts, and the values of deleted nodes.
 
-    The loss is measured on half of the prompts, with a calibration fitted to the other half. Masks
-    are learned on both. Held-out prompts are not here: nothing is ever chosen by them. text: what
-    deleted nodes are resampled from, where the settings ask for that.
+    Masks are learned on `pool`. Losses are measured on `judged`, the first half of it. Held-out
+    prompts are not here: nothing is ever chosen by them. labels: see `make_prompts`. Where the
+    settings ask for that, deleted nodes are resampled from the model's text.
     """
 
-    def __init__(self, model, frozen, name, settings, nonsense=False, text=None):
+    def __init__(self, model, frozen, name, settings, labels="true"):
         self.model, self.frozen, self.name, self.settings = model, frozen, name, settings
-        self.text = text if settings.ablation == "resample" else None
+        self.text = model.text if settings.ablation == "resample" else None
         self.pool = make_prompts(model, name, 2 * settings.search_pairs, settings.seed,
-                                 nonsense=nonsense)
+                                 labels=labels)
         n = len(self.pool.last)
-        half = n // 4 * 2 or n  # whole pairs
-        self.judged, self.fitted = (self.pool.rows(np.arange(n)[part])
-                                    for part in (slice(half), slice(n - half, n)))
-        self.on_judged, self.on_fitted = (
-            FastRunner(model, frozen, prompts) if self.text is None else
-            PlainRunner(model, frozen, prompts, text, np.random.default_rng(settings.seed))
-            for prompts in (self.judged, self.fitted))
+        self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
+        self.runner = FastRunner(model, frozen, self.judged) if self.text is None else (
+            PlainRunner(model, frozen, self.judged, self.text,
+                        np.random.default_rng(settings.seed)))
 
     def frozen_for(self, prompts, rng):
         """The values of deleted nodes in one run on some prompts."""
         return self.frozen if self.text is None else resample(self.model, prompts, self.text, rng)
 
-    def fit(self, mask):
-        """The Calibration of a mask."""
-        return calibrate(margins(self.on_fitted.logits(mask), self.fitted), self.fitted.sign)
-
-    def loss(self, mask, calibration=None):
-        """The binary loss of a mask; without a calibration, with its own."""
-        calibration = calibration or self.fit(mask)
-        return logistic(calibration.margins(self.on_judged.logits(mask), self.judged))
+    def loss(self, mask):
+        """The binary loss of a mask."""
+        return logistic(margins(self.runner.logits(mask), self.judged))
 
     def full_loss(self):
-        """The uncalibrated binary loss of the full model."""
-        return self.loss(every_node(self.model.cfg), Calibration())
+        """The binary loss of the full model."""
+        return self.loss(every_node(self.model.cfg))
 
     def size(self, mask):
         """(nodes, edges) of a mask."""
@@ -608,16 +611,16 @@ def shared_masks(cfg):
     return np.unique(mask, return_inverse=True)[1].reshape(-1)
 
 
-def gradient(model, prompts, nodes, frozen, calibration=Calibration()):
-    """(margins, the gradient of the mean binary loss by every node's mask) of prompts."""
+def gradient(model, prompts, nodes, frozen):
+    """(binary loss, its gradient by every node's mask) of prompts."""
     hook = Ablation(nodes, frozen, model.cfg)
     logits, cache = sg.forward(model.params, prompts.ids, model.cfg, hook, prompts.last)
     logits, rows = sg.to_host(logits), np.arange(len(prompts.last))
-    p_wrong = np.exp(-np.logaddexp(0, calibration.margins(logits, prompts)))
-    slope, dlogits = calibration.scale * p_wrong / len(rows), np.zeros_like(logits)
+    margin, dlogits = margins(logits, prompts), np.zeros_like(logits)
+    slope = np.exp(-np.logaddexp(0, margin)) / len(rows)  # the wrong answer's probability
     dlogits[rows, prompts.right], dlogits[rows, prompts.wrong] = -slope, slope
     sg.backward(sg.xp.asarray(dlogits), cache, model.cfg, weights=False)
-    return margins(logits, prompts), sg.to_host(hook.grad).astype(np.float64)
+    return logistic(margin), sg.to_host(hook.grad).astype(np.float64)
 
 
 def learn_masks(task, k_coef, lr, temperature, seed, progress, target=None):
@@ -636,16 +639,10 @@ def learn_masks(task, k_coef, lr, temperature, seed, progress, target=None):
     m, v, importance = np.zeros_like(tau), np.zeros_like(tau), np.zeros_like(tau)
     n_pairs = len(task.pool.last) // 2
     smooth = target = target or s.target
-    calibration, recent = Calibration(), deque(maxlen=8)  # fitted to the latest batches
     for step in range(s.steps):
         pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
         batch = task.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
-        margin, by_node = gradient(model, batch, (tau >= 0)[mask], task.frozen_for(batch, rng),
-                                   calibration)
-        loss = logistic(calibration.scale * margin + calibration.shift * batch.sign)
-        recent.append((margin, batch.sign))
-        if len(recent) == recent.maxlen and step % 4 == 0:
-            calibration = calibrate(*map(np.concatenate, zip(*recent)))
+        loss, by_node = gradient(model, batch, (tau >= 0)[mask], task.frozen_for(batch, rng))
         by_mask = np.bincount(mask, by_node)
         importance = 0.95 * importance - 0.05 * by_mask
         smooth = 0.9 * smooth + 0.1 * loss
@@ -693,7 +690,7 @@ def bisect(order, good, guess=0):
     return top_nodes(order, high) if high < len(order) or good(top_nodes(order, high)) else None
 
 
-def delete_greedily(mask, items, without, loss, target, progress, stage, loss_without=None):
+def delete_greedily(mask, items, loss, target, progress, stage, loss_without=None):
     """The mask without every item that it can do without: none that is left can go alone.
 
     Items are tried in passes, in the order of the loss without each (kept in `loss_without`, from
@@ -704,7 +701,7 @@ def delete_greedily(mask, items, without, loss, target, progress, stage, loss_wi
     left = items(mask)
     new = [item for item in left if item not in loss_without]
     for i, item in enumerate(new):
-        loss_without[item] = loss(without(mask, [item]))
+        loss_without[item] = loss(mask.without([item]))
         progress(stage, i + 1, len(new))
     left.sort(key=loss_without.get)
     if len(new) == len(left):  # those that have just failed alone can wait for the next pass
@@ -713,7 +710,7 @@ def delete_greedily(mask, items, without, loss, target, progress, stage, loss_wi
         i, size, deleted = 0, 1, False
         while i < len(left):
             group = left[i:i + size]
-            value = loss(trial := without(mask, group))
+            value = loss(trial := mask.without(group))
             if value <= target:
                 mask, deleted, i, size = trial, True, i + len(group), 2 * size
             elif len(group) > 1:
@@ -757,11 +754,36 @@ def disconnected_nodes(mask, model, prompts):
     return np.flatnonzero(nodes & ~(fed & used))
 
 
+def importance(task, mask):
+    """{node: the loss if it alone is deleted, less the circuit's} of the kept nodes."""
+    loss = task.loss(mask)
+    return {int(n): task.loss(mask.without([n])) - loss for n in np.flatnonzero(mask.nodes)}
+
+
+def minor_groups(task, mask):
+    """The nodes of less than a tenth of the largest importance, in connected groups, [[node]]: by
+    an edge, a channel of the residual stream, or a head."""
+    cfg, model, effect = task.model.cfg, task.model, importance(task, mask)
+    minor = {n for n in effect if effect[n] < 0.1 * max(effect.values())}
+    links = residual_links(mask, cfg)
+    for name, i, j in edge_list(kept_edges(mask, model.params, cfg)):
+        m = matrices(cfg)[name]
+        links.append((m.source.start + i, m.target.start + j))
+    for i, head in heads_of(mask, cfg):
+        nodes = head_nodes(mask, cfg, f"h{i}", head)
+        links += zip(nodes, nodes[1:])
+    group = {n: {n} for n in minor}
+    for a, b in links:
+        if a in minor and b in minor and group[a] is not group[b]:
+            group[a] |= group[b]
+            group |= dict.fromkeys(group[b], group[a])
+    return [sorted(nodes) for nodes in {id(g): g for g in group.values()}.values()]
+
+
 class SearchResult(NamedTuple):
     """What a search ends with. mask: None if no ranking reached the target. stages: size and loss
     after each; tau: by node."""
     mask: CircuitMask | None
-    calibration: Calibration
     loss: float
     stages: list
     tau: np.ndarray
@@ -784,10 +806,9 @@ def search(task, progress, seed=0):
     agree(task)
     s, best, best_loss, stages = task.settings, None, math.inf, []
 
-    def stage(name, mask, calibration=None):
+    def stage(name, mask):
         nodes, edges = task.size(mask)
-        stages.append(dict(stage=name, nodes=nodes, edges=edges,
-                           loss=task.loss(mask, calibration)))
+        stages.append(dict(stage=name, nodes=nodes, edges=edges, loss=task.loss(mask)))
 
     goal, i, short = training_target(s.target, task.full_loss()), 0, False
     while i < s.runs or (short and i == s.runs):
@@ -804,24 +825,22 @@ def search(task, progress, seed=0):
         if mask is not None and (best is None or size[::-1] < best[0][::-1]):
             best = size, mask, learned, tau
     if best is None:
-        return SearchResult(None, Calibration(), best_loss, stages, tau)
+        return SearchResult(None, best_loss, stages, tau)
     _, mask, learned, tau = best
     stage("learned masks", learned)
     stage("fewest by rank", mask)
-    return SearchResult(*clean(task, mask, stage, progress), stages, tau)
+    mask = clean(task, mask, stage, progress)
+    return SearchResult(mask, task.loss(mask), stages, tau)
 
 
 def clean(task, mask, stage, progress):
-    """(mask, calibration, loss) without every node and edge that can go alone, one after another,
-    until none can, and without disconnected nodes if the loss allows. A circuit of over TOO_LARGE
-    edges stays as it is."""
-    model, target, calibration = task.model, task.settings.target, task.fit(mask)
+    """The mask without every node and edge that can go alone, one after another, until none can,
+    and without disconnected nodes and groups of minor ones if the loss allows. A circuit of over
+    TOO_LARGE edges stays as it is."""
+    model, target = task.model, task.settings.target
     if task.size(mask)[1] > TOO_LARGE:
-        stage("not cleaned: too large", mask, calibration)
-        return mask, calibration, task.loss(mask, calibration)
-
-    def loss(trial):
-        return task.loss(trial, calibration)
+        stage("not cleaned: too large", mask)
+        return mask
 
     def nodes(m):
         return np.flatnonzero(m.nodes).tolist()
@@ -829,23 +848,19 @@ def clean(task, mask, stage, progress):
     def nodes_and_edges(m):
         return nodes(m) + edge_list(kept_edges(m, model.params, model.cfg))
 
-    mask = delete_greedily(mask, nodes, CircuitMask.without, loss, target, progress,
-                           "cleaning nodes")
-    stage("nodes cleaned", mask, calibration)
-    mask, loss_without = mask._replace(edges=kept_edges(mask, model.params, model.cfg)), {}
-    while True:
-        before = task.size(mask)
-        mask = delete_greedily(mask, nodes_and_edges, CircuitMask.without, loss, target, progress,
+    mask = delete_greedily(mask, nodes, task.loss, target, progress, "cleaning nodes")
+    stage("nodes cleaned", mask)
+    mask = mask._replace(edges=kept_edges(mask, model.params, model.cfg))
+    size, loss_without = None, {}
+    while task.size(mask) != size:
+        size = task.size(mask)
+        mask = delete_greedily(mask, nodes_and_edges, task.loss, target, progress,
                                "cleaning edges", loss_without)
-        lost = disconnected_nodes(mask, model, task.pool)
-        if len(lost) and loss(mask.without(lost)) <= target:
-            mask = mask.without(lost)
-        if task.size(mask) == before:
-            stage("edges cleaned", mask, calibration)
-            return mask, calibration, loss(mask)
-        again = task.fit(mask)  # a calibration that fits what is left may free some more
-        if task.loss(mask, again) <= loss(mask):
-            calibration = again
+        for group in (disconnected_nodes(mask, model, task.pool), *minor_groups(task, mask)):
+            if len(group) and task.loss(mask.without(group)) <= target:
+                mask = mask.without(group)
+    stage("edges cleaned", mask)
+    return mask
 
 
 # ---- a model and its tasks ----------------------------------------------------------------------
@@ -872,27 +887,13 @@ def shuffled(model, seed=0):
 
 
 class ModelContext:
-    """A model, and what its tasks share: the values of deleted nodes, and the shuffled model."""
+    """A model, and what its tasks share: its fingerprint, and the values of deleted nodes, frozen,
+    by node."""
 
     def __init__(self, model, ablation="mean"):
-        self.model, self.ablation, self.text = model, ablation, model.text
-        self.fingerprint, self.frozen = fingerprint(model), self.constants(model)
-
-    @functools.cached_property
-    def shuffled(self):
-        """The model with its weights shuffled."""
-        return shuffled(self.model)
-
-    @functools.cached_property
-    def shuffled_frozen(self):
-        """The values of its deleted nodes, by node."""
-        return self.constants(self.shuffled)
-
-    def constants(self, model):
-        """The values of a model's deleted nodes, by node."""
-        if self.ablation == "zero":
-            return np.zeros(n_nodes(model.cfg), model.cfg.dtype)
-        return mean_activations(model, self.text)
+        self.model, self.fingerprint = model, fingerprint(model)
+        self.frozen = np.zeros(n_nodes(model.cfg), model.cfg.dtype) if ablation == "zero" else (
+            mean_activations(model, model.text))
 
 
 @dataclass
@@ -901,9 +902,22 @@ class Circuit:
     task: str
     settings: Settings
     mask: CircuitMask
-    calibration: Calibration
-    frozen: np.ndarray
     record: dict
+
+    @property
+    def nodes(self):
+        """The names of its nodes, in the order of computation."""
+        return [node["name"] for node in self.record["nodes"]]
+
+    @property
+    def edges(self):
+        """[(name, name, weight)] of its edges."""
+        return [(e["from"], e["to"], e["weight"]) for e in self.record["edges"]]
+
+    def run(self, model, prompts):
+        """Its logits at the deciding positions of Prompts, [n, V]."""
+        frozen = ModelContext(model, self.settings.ablation).frozen
+        return PlainRunner(model, frozen, prompts).logits(self.mask)
 
 
 def on_cores(fn, items, workers):
@@ -919,7 +933,7 @@ def on_cores(fn, items, workers):
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
     try:  # Ctrl-C is for the main process: the others ignore it from their start
-        pool = context.Pool(min(workers, len(items)), start_worker)
+        pool = context.Pool(min(workers, len(items)), start_worker, [tasks.added])
     finally:
         if main_thread:
             signal.signal(signal.SIGINT, before)
@@ -930,37 +944,43 @@ def on_cores(fn, items, workers):
         pool.join()
 
 
-def start_worker():
-    """What a worker process does first."""
+def start_worker(added):
+    """What a worker process does first. added: files with tasks of one's own."""
+    for path in added:
+        tasks.load(path)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it removes its temporary file
     sg.keep_freed_memory()
 
 
-def run_search(name, log, job):
+def run_search(name, job):
     """(job's name, SearchResult) of a job (name, PruningTask, seed of the masks)."""
     key, task, seed = job
-    return key, search(task, Progress(name + f", {key}" * (key != "circuit"), log), seed)
+    return key, search(task, Progress(name and f"{name}, {key}"), seed)
 
 
-def prune(model, name, settings=Settings(), context=None, seeds=2, log=print, workers=1):
+def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, shown=True,
+          checks=True):
     """The Circuit of a task, with its checks (paper 2.2, A.5; the method is at the top).
 
     context: shared by the tasks of a model. seeds: searches with different mask seeds; the first
     is reported, the others are compared with it. workers: processes for the independent searches;
-    the result is the same. Raises CannotPrune if the model cannot do the task or no circuit
-    reaches the target, UserError on an unknown task.
+    the result is the same. shown: whether progress is. checks: without, the controls and other
+    seeds are left out, which takes a fifth of the time. Raises CannotPrune if the model cannot do
+    the task or no circuit reaches the target, UserError on an unknown task.
     """
     context = context or ModelContext(model, settings.ablation)
     task = PruningTask(model, context.frozen, name, settings)
     if (full := task.full_loss()) > settings.target:
         raise CannotPrune(f"the full model's loss on {name} is {full:.3f}, over the target of "
                           f"{settings.target:g}")
-    jobs = [("circuit", task, 0),
-            ("nonsense", PruningTask(model, context.frozen, name, settings, nonsense=True), 0),
-            ("shuffled", PruningTask(context.shuffled, context.shuffled_frozen, name, settings),
-             0)]
-    jobs += [(f"seed {i}", task, i) for i in range(1, seeds)]
-    found = dict(on_cores(functools.partial(run_search, name, log), jobs, workers))
+    jobs = [("circuit", task, 0)]
+    if checks:
+        control = ModelContext(shuffled(model), settings.ablation)
+        jobs += [("shuffled", PruningTask(control.model, control.frozen, name, settings), 0)]
+        jobs += [(labels, PruningTask(model, context.frozen, name, settings, labels), 0)
+                 for labels in ("nonsense", "inverted")]
+        jobs += [(f"seed {i}", task, i) for i in range(1, seeds)]
+    found = dict(on_cores(functools.partial(run_search, shown and name), jobs, workers))
     if found["circuit"].mask is None:
         raise CannotPrune(f"no circuit of {name} reached the target of {settings.target:g}; the "
                           f"best mask reached {found['circuit'].loss:.3f}")
@@ -982,9 +1002,8 @@ def random_like(nodes, rng, cfg):
 
 def check_necessity(task, mask, draws=10):
     """Only the circuit's nodes deleted, beside as many random nodes at the same sites."""
-    rng, plain = np.random.default_rng(0), Calibration()
-    loss = task.loss(CircuitMask(~mask.nodes), plain)
-    other = sorted(task.loss(CircuitMask(~random_like(mask.nodes, rng, task.model.cfg)), plain)
+    rng, loss = np.random.default_rng(0), task.loss(CircuitMask(~mask.nodes))
+    other = sorted(task.loss(CircuitMask(~random_like(mask.nodes, rng, task.model.cfg)))
                    for _ in range(draws))
     return check("necessity", loss > max(0.35, other[-2]), f"full model without the circuit's "
                  f"{mask.nodes.sum()} nodes: loss {loss:.3f}; without as many random nodes at the "
@@ -993,31 +1012,38 @@ def check_necessity(task, mask, draws=10):
                  random=other[-2], median=np.median(other))
 
 
-def check_random(task, mask, draws=10):
-    """Circuits of random nodes, as many at every site, with all their edges, calibrated."""
-    rng = np.random.default_rng(1)
-    losses = [task.loss(CircuitMask(random_like(mask.nodes, rng, task.model.cfg)))
-              for _ in range(draws)]
-    return check("random circuits", min(losses) > task.settings.target,
-                 f"{draws} circuits of as many random nodes at the same sites: loss "
-                 f"{min(losses):.3f} to {max(losses):.3f} (pass: none reaches the target)",
-                 loss=min(losses))
-
-
-def check_resampled(task, mask, calibration, text, draws=4):
+def check_resampled(task, mask, text, draws=4):
     """Deleted nodes take the values that they have on other text."""
     rng, losses = np.random.default_rng(2), []
     for _ in range(draws):
         runner = PlainRunner(task.model, task.frozen, task.judged, text, rng)
-        losses.append(logistic(calibration.margins(runner.logits(mask), task.judged)))
+        losses.append(logistic(margins(runner.logits(mask), task.judged)))
     limit, loss = 2 * task.settings.target, float(np.mean(losses))
     return check("resampled ablation", loss <= limit, "deleted nodes at their values on random "
                  f"training text: mean loss of {draws} draws {loss:.3f}, {min(losses):.3f} to "
                  f"{max(losses):.3f} (pass: at most {limit:.2f}, twice the target)", loss=loss)
 
 
+def check_gated(task, mask):
+    """AbsTopK takes its winners in the full model, not among the kept nodes alone."""
+    model, margin = task.model, np.zeros(len(task.judged.last))
+    params = PlainRunner(model, task.frozen, task.judged).params(mask)
+    for index, part in task.judged.parts():
+        record = Recorder()
+        sg.forward(model.params, part.ids, model.cfg, record, part.last)
+        hook = Gated(mask.nodes, task.frozen, model.cfg, record.seen)
+        logits, _ = sg.forward(params, part.ids, model.cfg, hook, part.last)
+        margin[index] = margins(sg.to_host(logits), part)
+    limit, loss = 2 * task.settings.target, logistic(margin)
+    return check("full model's AbsTopK", loss <= limit, "only nodes that are active in the full "
+                 f"model are: loss {loss:.3f} (pass: at most {limit:.2f}, twice the target)",
+                 loss=loss)
+
+
 def check_control(name, found, size, target):
-    """A search that should find nothing as small as the circuit."""
+    """A search that should find nothing as small as the circuit; None if it was not run."""
+    if found is None:
+        return check(name, None, "not run", edges=None)
     if found.mask is None:
         return check(name, True, f"the same search did not reach the target of {target:g}; its "
                      f"best loss was {found.loss:.3f}", loss=found.loss, edges=None, nodes=None)
@@ -1032,7 +1058,7 @@ def check_seeds(found, mask):
     """How many nodes the circuits of other mask seeds share with the first."""
     others = [result for job, result in found.items() if job.startswith("seed")]
     if not others:
-        return check("other seeds", None, "not run (--seeds 1)")
+        return check("other seeds", None, "not run")
     shared, notes = [], []
     for other in others:
         if other.mask is None:
@@ -1068,205 +1094,60 @@ def check_attention(task, mask):
                  "(pass: from 80% each)", overlap=lowest), overlap
 
 
-# ---- what a person reads ------------------------------------------------------------------------
-# A circuit's `record` holds all of it as plain values. The listing and the drawings need no model.
+# ---- what a circuit's file holds ---------------------------------------------------------------
+# A circuit's `record` holds all that is printed and drawn, as plain values: see docs/show.py.
 
-def token(model, i):
-    """A token id as text on one line."""
-    return "<start>" if i == model.tok.EOT else show.one_line(model.tok.decode([int(i)]))
-
-
-def trace(model, params, ids, hook=None):
-    """One run over ids [B, T]: logits [B, T, V], the values of all nodes [B, T, n_nodes], and the
-    caches of the forward pass."""
-    record = Recorder(hook)
-    logits, cache = sg.forward(params, ids, model.cfg, record)
-    values = np.concatenate([sg.to_host(x) for x in record.seen.values()], axis=1)
-    return sg.to_host(logits), values.reshape(*ids.shape, -1), cache
-
-
-def extremes(model, values, ids, n=4):
-    """{"high": [[text before, token, value]], "low": ...}: the tokens with the largest and the
-    smallest of values [B, T]. NaN marks positions that do not count."""
-    out = {}
-    for side, sign in (("high", -1), ("low", 1)):
-        rows, order = {}, np.argsort(sign * values, axis=None, kind="stable")  # NaN comes last
-        for b, t in zip(*np.unravel_index(order, values.shape)):
-            if len(rows) == n or np.isnan(values[b, t]):
-                break
-            if ids[b, t] not in rows:
-                before = "".join(token(model, i) for i in ids[b, max(0, t - 6):t])
-                value = round(float(values[b, t]), 4)
-                rows[ids[b, t]] = [before[-24:], token(model, ids[b, t]), value]
-        out[side] = list(rows.values())
-    return out
-
-
-def node_readings(context, task, nodes):
-    """[{"task": extremes, "text": extremes}] of some nodes in the full model: on the task's
-    prompts and on training text."""
-    model, pool, out = context.model, task.pool, [{} for _ in nodes]
-    inside = np.arange(pool.ids.shape[1]) <= pool.last[:, None]  # not padding
-    for kind, ids, valid in (("task", pool.ids, inside), ("text", context.text, True)):
-        parts = (ids[i:i + 4] for i in range(0, len(ids), 4))  # small, as all nodes are recorded
-        values = np.concatenate([trace(model, model.params, x)[1][..., nodes] for x in parts])
-        for i, reading in enumerate(out):
-            reading[kind] = extremes(model, np.where(valid, values[..., i], np.nan), ids)
-    return out
-
-
-def connections(model, mask, prompts):
-    """{"edges" | "residual" | "embed" | "unembed": links} of a circuit: its edges; the pairs of
-    nodes that write and read a channel of the residual stream; and at its channels the nonzero
-    embeddings of tokens that differ within a pair, and the nonzero unembeddings of answers."""
-    cfg, out = model.cfg, dict(edges=[], residual=[], embed=[], unembed=[])
-    for name, i, j in edge_list(mask.edges):
-        source, target = (part.start for part in matrices(cfg)[name][1:])
-        out["edges"].append({"from": node_name(source + i, cfg), "to": node_name(target + j, cfg),
-                             "weight": float(model.params[name][i, j])})
-    counts = np.array([np.bincount(ids[:end + 1], minlength=cfg.vocab_size)
-                       for ids, end in zip(prompts.ids, prompts.last)])
-    cues = np.flatnonzero((counts[::2] != counts[1::2]).any(0))
-    answers, writers = np.unique([prompts.right, prompts.wrong]), defaultdict(list)
-    for name in (node_name(n, cfg) for n in np.flatnonzero(mask.nodes)):
-        site, channel = name.rsplit(".", 1)
-        if site.endswith("_out"):
-            writers[channel].append(name)
-        if site.endswith("_in") or site == "final":
-            out["residual"] += [{"from": writer, "to": name} for writer in writers[channel]]
-            column = model.params["wte"][:, int(channel)]
-            out["embed"] += [{"token": token(model, i), "to": name, "weight": float(column[i])}
-                             for i in cues if column[i] != 0]
-        if site == "final":
-            row = model.params["head.w"][int(channel)]
-            out["unembed"] += [{"from": name, "token": token(model, i), "weight": float(row[i])}
-                               for i in answers if row[i] != 0]
-    return out
-
-
-def pair_readings(model, mask, calibration, frozen, pair, overlap):
-    """(example, heads) of a circuit's run on one pair of prompts (Prompts of two rows).
-
-    example: {"prompts", "answers", "margins", "values": {node: [value by token, of each prompt]}}.
-    heads: what each head of overlap, {(block, head): attention shared with the full model},
-    attends to from the deciding positions.
-    """
-    cfg, params = model.cfg, PlainRunner(model, frozen, pair).params(mask)
-    logits, values, cache = trace(model, params, pair.ids, Ablation(mask.nodes, frozen, cfg))
-    margin = calibration.margins(logits[np.arange(2), pair.last], pair)
-    prompts = [[token(model, i) for i in ids[:end + 1]] for ids, end in zip(pair.ids, pair.last)]
-    values = {node_name(n, cfg): [[round(float(x), 3) for x in values[b, :len(tokens), n]]
-                                  for b, tokens in enumerate(prompts)]
-              for n in np.flatnonzero(mask.nodes)}
-    heads = []
-    for (i, head), share in overlap.items():
-        attends = []
-        for tokens, weights in zip(prompts, attention_weights(cache, i)[:, head]):
-            w = weights[len(tokens) - 1]  # past the last token there is only the sink
-            to = [[[*tokens, "sink"][min(t, len(tokens))], round(float(w[t]), 3)]
-                  for t in np.argsort(-w, kind="stable")[:4] if w[t] >= 0.01]
-            attends.append(dict(context="".join(tokens[1:]), at=tokens[-1], to=to))
-        sink, table = (model.params.get(f"h{i}.attn.{name}") for name in ("sink", "relbias"))
-        bias = np.zeros(0) if table is None else sg.to_host(table[head])[:pair.ids.shape[1]]
-        channels = range(head * cfg.d_head, (head + 1) * cfg.d_head)
-        nodes = [f"h{i}.{site}.{channel}" for site in "qkv" for channel in channels]
-        heads.append(dict(name=f"h{i}.head.{head}", nodes=[x for x in nodes if x in values],
-                          attends=attends, sink=None if sink is None else float(sink[head]),
-                          distances=[[int(d), float(bias[d])] for d in np.argsort(-bias)[:3]],
-                          overlap=share))
-    return dict(prompts=prompts, answers=[token(model, i) for i in pair.right],
-                margins=[round(float(x), 3) for x in margin], values=values), heads
-
-
-def losses(task, mask, calibration):
-    """{"full" | "circuit" | "uncalibrated": {"search" | "held": sparsegpt.Score as a dict}}: every
-    printed loss, by PlainRunner, on the prompts of the search and on held-out ones."""
-    s, out, plain = task.settings, defaultdict(dict), Calibration()
+def losses(task, mask):
+    """{"full" | "circuit": {"search" | "held": sparsegpt.Score as a dict}}: every printed loss, by
+    PlainRunner, on the prompts of the search and on held-out ones."""
+    s, out = task.settings, defaultdict(dict)
     held = make_prompts(task.model, task.name, s.search_pairs, s.seed, "held")
     for split, prompts in (("search", task.judged), ("held", held)):
         runner = PlainRunner(task.model, task.frozen, prompts)
-        for name, which, how in (("full", every_node(task.model.cfg), plain),
-                                 ("circuit", mask, calibration), ("uncalibrated", mask, plain)):
-            logits = how.logits(runner.logits(which), prompts)
-            out[name][split] = sg.score(logits, prompts)._asdict()
+        for name, which in (("full", every_node(task.model.cfg)), ("circuit", mask)):
+            out[name][split] = sg.score(runner.logits(which), prompts)._asdict()
     return dict(out)
 
 
 def describe(context, task, found):
     """The Circuit of a finished search, with all that is printed and drawn of it. found:
-    {"circuit", "nonsense", "shuffled", "seed 1", ...: SearchResult}."""
+    {"circuit", "nonsense", "inverted", "shuffled", "seed 1", ...: SearchResult}."""
     model, cfg, s, best = context.model, context.model.cfg, task.settings, found["circuit"]
     mask = best.mask._replace(edges=kept_edges(best.mask, model.params, cfg))
     kept, bias = np.flatnonzero(mask.nodes), effective_bias(model, mask, task.frozen)
-    nodes = [dict(name=node_name(n, cfg), tau=round(float(best.tau[n]), 4), bias=bias.get(n),
-                  mean=float(task.frozen[n]), **reading)
-             for n, reading in zip(kept, node_readings(context, task, kept))]
+    effect = importance(task, mask)
+    nodes = [dict(name=node_name(n, cfg), importance=effect[n], bias=bias.get(n),
+                  tau=round(float(best.tau[n]), 4), mean=float(task.frozen[n]), **reading)
+             for n, reading in zip(kept, readings.node_readings(context, task, kept))]
     attention, overlap = check_attention(task, mask)
     shortest = np.argmin(task.pool.last.reshape(-1, 2).max(1))
     pair = task.pool.rows(2 * shortest + np.arange(2))
-    example, heads = pair_readings(model, mask, best.calibration, task.frozen, pair, overlap)
+    example, heads = readings.pair_readings(model, mask, task.frozen, pair, overlap)
     ranked = bisect(rank_by_attribution(task), lambda m: task.loss(m) <= s.target)
-    scores, limit, size = losses(task, mask, best.calibration), 2 * s.target, task.size(mask)
+    scores, limit, size = losses(task, mask), 2 * s.target, task.size(mask)
     full, held = (scores[x]["held"]["binary"] for x in ("full", "circuit"))
     checks = [
         check("held-out prompts", held <= limit, f"other words and larger shapes: loss {held:.3f},"
               f" full model {full:.3f} (pass: at most {limit:.2f}, twice the target)", loss=held),
-        check_necessity(task, mask), check_random(task, mask),
-        check_resampled(task, mask, best.calibration, context.text),
-        check_control("nonsense task", found["nonsense"], size, s.target),
-        check_control("shuffled weights", found["shuffled"], size, s.target),
+        check_necessity(task, mask), check_resampled(task, mask, model.text),
+        check_gated(task, mask),
+        check_control("nonsense task", found.get("nonsense"), size, s.target),
+        check_control("inverted task", found.get("inverted"), size, s.target),
+        check_control("shuffled weights", found.get("shuffled"), size, s.target),
         attention, check_seeds(found, mask)]
-    links = connections(model, mask, task.pool)
+    groups = [dict(nodes=[node_name(n, cfg) for n in group],
+                   effect=task.loss(mask.without(group)) - task.loss(mask))
+              for group in minor_groups(task, mask)]
+    links = readings.connections(model, mask, task.pool)
     numbers = *size, *task.size(every_node(cfg)), len(links["embed"]), len(links["unembed"])
-    return Circuit(task.name, s, mask, best.calibration, task.frozen, dict(
+    return Circuit(task.name, s, mask, dict(
         links, doc=tasks.TASKS[task.name].__doc__.splitlines()[0],
         model=dict(path=cfg.out, fingerprint=context.fingerprint, config=dataclasses.asdict(cfg)),
         size=dict(zip(("nodes", "edges", "model_nodes", "model_edges", "embed", "unembed"),
                       numbers)),
         attribution=dict(zip(("nodes", "edges"), task.size(ranked or every_node(cfg)))),
-        losses=scores, stages=best.stages, checks=checks, nodes=nodes,
+        losses=scores, stages=best.stages, checks=checks, nodes=nodes, groups=groups,
         heads=heads, example=example, seeds=1 + sum(job.startswith("seed") for job in found)))
-
-
-def ask(circuit, model, texts):
-    """Lines of text: the logit differences of the full model and of a circuit on prompts of one's
-    own, between the answers of the task's first pair. Raises UserError on an unusable prompt."""
-    answers = tasks.pairs(circuit.task, 1, circuit.settings.seed)[0].answers
-    lines = ["first answer {!r}, second {!r}; logit difference, first minus second:".format(
-        *answers)]
-    for text in texts:
-        try:
-            ids, right, wrong = tasks.deciding_tokens(model.tok, text, *answers)
-            if len(ids) > model.cfg.n_ctx:
-                raise ValueError(f"{len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
-        except ValueError as e:
-            raise sg.UserError(f"--ask {text!r}: {e}") from e
-        one = sg.Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, right, wrong, 1)))
-        runner = PlainRunner(model, circuit.frozen, one)
-        full = margins(runner.logits(every_node(model.cfg)), one)[0]
-        own = circuit.calibration.margins(runner.logits(circuit.mask), one)[0]
-        lines.append(f"full model {full:+8.3f}  circuit {own:+8.3f}  {text!r}")
-    return lines
-
-
-def intervene(model, task, values, settings):
-    """Lines of text: the full model on a task, unchanged and with nodes frozen at values, {node
-    number: value}."""
-    prompts = make_prompts(model, task, settings.search_pairs, settings.seed)
-    every, frozen = every_node(model.cfg), np.zeros(n_nodes(model.cfg), model.cfg.dtype)
-    frozen[list(values)] = list(values.values())
-    runner = PlainRunner(model, frozen, prompts)
-    lines = [f"full model on {len(prompts.last)} prompts of {task}; logit difference: first minus "
-             "second answer"]
-    for name, mask in (("unchanged", every), ("changed", every.without(values))):
-        margin = margins(runner.logits(mask), prompts)
-        line = f"{name:<10} loss {logistic(margin):.4f}, accuracy {(margin > 0).mean():.1%}"
-        for sign, answer in ((1, "first"), (-1, "second")):
-            some = margin[prompts.sign == sign]
-            line += (f"; where the {answer} is right: accuracy {(some > 0).mean():.1%}, mean "
-                     f"logit difference {sign * some.mean():+.3f}")
-        lines.append(line)
-    return lines
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -1285,10 +1166,8 @@ def write_text(path, text):
 def save(path, circuit):
     """Write a Circuit as JSON: all that reproduces its losses. Raises UserError if it cannot be
     written."""
-    record = dict(
-        format=FORMAT, task=circuit.task, settings=dataclasses.asdict(circuit.settings),
-        calibration=circuit.calibration._asdict(), frozen=[float(x) for x in circuit.frozen],
-        **circuit.record)
+    record = dict(format=FORMAT, task=circuit.task,
+                  settings=dataclasses.asdict(circuit.settings), **circuit.record)
     write_text(path, json.dumps(dict(record, sha256=digest(record)), indent=1, ensure_ascii=False))
 
 
@@ -1310,12 +1189,8 @@ def load(path):
                            if m.source.start <= i < m.source.stop
                            and m.target.start <= j < m.target.stop]
             edges[name][i - m.source.start, j - m.target.start] = True
-        frozen = np.array(record.pop("frozen"), cfg.dtype)
-        if frozen.shape != nodes.shape or not np.isfinite(frozen).all():
-            raise ValueError("it needs one finite mean for each node")
-        calibration = Calibration(**record.pop("calibration"))
         circuit = Circuit(record.pop("task"), Settings(**record.pop("settings")),
-                          CircuitMask(nodes, edges), calibration, frozen, record)
+                          CircuitMask(nodes, edges), record)
         listing(circuit), explain(record["example"])  # what cannot be printed is damaged
         return circuit
     except FileNotFoundError as e:
@@ -1330,8 +1205,8 @@ def load(path):
 def verify(circuit, model):
     """Compute every loss of a circuit again. Returns a line for each that differs from the file by
     more than 1e-4; rounding differs between machines."""
-    task = PruningTask(model, circuit.frozen, circuit.task, circuit.settings)
-    again = losses(task, circuit.mask, circuit.calibration)
+    frozen = ModelContext(model, circuit.settings.ablation).frozen
+    again = losses(PruningTask(model, frozen, circuit.task, circuit.settings), circuit.mask)
     return [f"{which}, {split} prompts, {name}: the file says {old}, the model gives {new}"
             for which, by_split in circuit.record["losses"].items()
             for split, score in by_split.items() for name, old in score.items()
@@ -1345,10 +1220,6 @@ def save_drawings(path, circuit):
 
 
 # ---- command line -------------------------------------------------------------------------------
-
-def quiet(line):
-    """A log that prints nothing."""
-
 
 def finish(folder, circuit, model):
     """Save a circuit and its drawings. Returns the circuit as read back from its file. Raises
@@ -1376,7 +1247,7 @@ def prune_one(context, settings, folder, seeds, task):
         if kept:
             save_drawings(path, circuit)  # the earlier run may have been stopped before it drew
         else:
-            circuit = prune(context.model, task, settings, context, seeds, quiet)
+            circuit = prune(context.model, task, settings, context, seeds, shown=False)
             circuit = finish(folder, circuit, context.model)
     except CannotPrune as e:
         return task, None, f"not pruned: {e}"
@@ -1393,35 +1264,38 @@ def prune_all(context, settings, folder, seeds, workers, log=print):
         rows[task] = row
         left = (time.perf_counter() - began) * (n - i) / i
         log(f"{i:>2} of {n}  {task:<28} {row[1]}; {sg.clock(left)} left")
-    text, path = show.summary(rows), Path(folder, "summary.html")
-    log(f"\n{text}")
-    text = html.escape(text)
-    for task in (task for task, (circuit, _) in rows.items() if circuit):
-        text = text.replace(f"\n{task} ", f'\n<a href="{task}.html">{task}</a> ')
-    write_text(path, show.document("Circuits", f"<pre>{text}</pre>"))
-    log(f"wrote {path}")
+    path = Path(folder, "summary.html")
+    log(f"\n{show.summary(rows)}")
+    write_text(path, show.summary_page(rows))
+    log(f"wrote {path}, which shows all of them")
 
 
 def make_parser():
     """The flags. Those that are not given are absent from the result."""
     parser = tasks.Parser(description="Prune a trained model to the circuit of a task.",
                           argument_default=argparse.SUPPRESS)
-    parser.add_argument("task", nargs="?", help="a task's name (see tasks.py), or all")
+    parser.add_argument("task", nargs="?", help="a task's name, or all; without: list them")
     add_settings(parser, ("mean", "zero"))
+    parser.add_argument("--verbose", action="store_true", help="print all that was found: stages, "
+                        "checks, every node with the tokens at which it is high and low")
     for name, kind, text in (
-            ("model", str, "checkpoint (default out/sparse.npz; with --check, the circuit's own)"),
+            ("model", str, "checkpoint (default out/sparse.npz, else docs/long.npz)"),
             ("out", str, "folder for circuits (default circuits)"),
+            ("tasks", str, "a Python file with tasks of one's own, as docs/my_tasks.py"),
             ("runs", int, "mask trainings in a search, 1 to 9 (default 1)"),
             ("seeds", int, "searches that are compared (default 2)")):
         parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--answers", nargs=2, metavar="ANSWER", help="with --ask: the answers")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", metavar="FILE", help="compute a saved circuit's losses again")
-    modes.add_argument("--explain", action="store_true", help="print the values of the saved "
-                       "circuit's nodes on a pair of prompts")
+    modes.add_argument("--explain", nargs="?", const="", metavar="PROMPT", help="print the values "
+                       "of the saved circuit's nodes on a pair of prompts, or on PROMPT")
+    modes.add_argument("--trace", metavar="PROMPT", help="the paths through the full model that "
+                       "make it prefer its likeliest token after PROMPT; no task is needed")
     for name, metavar, kind, text in (
             ("ask", "PROMPT", str, "what the full model and the saved circuit answer to a prompt"),
             ("set", "NODE=VALUE", node_and_number, "run the full model with a node frozen"),
-            ("ablate", "NODE", str, "run the full model with a node frozen at its mean")):
+            ("ablate", "NODE", str, "the same at its mean; of a head, as h1.head.5: all of it")):
         modes.add_argument(f"--{name}", action="append", type=kind, metavar=metavar,
                            help=f"{text}; may be repeated")
     return parser
@@ -1466,13 +1340,16 @@ def check_folder(folder):
 
 
 # The flags that each mode looks at beside its own. It refuses the others.
-TAKES = dict(check={"model"}, explain={"task", "model", "out"}, ask={"task", "model", "out"},
+TAKES = dict(check={"model"}, trace={"model"}, explain={"task", "model", "out"},
+             ask={"task", "model", "out", "answers"},
              set={"task", "model", "seed"}, ablate={"task", "model", "seed"})
 
 
 def run(argv):
     """What `main` does, if nothing goes wrong."""
     given = vars(make_parser().parse_args(argv))
+    if "tasks" in given:
+        tasks.load(given.pop("tasks"))
     [mode] = given.keys() & TAKES or ["search"]
     if more := given.keys() - TAKES.get(mode, given) - {mode}:
         raise sg.UserError(f"--{mode} takes no {'' if more == {'task'} else '--'}{min(more)}")
@@ -1480,16 +1357,15 @@ def run(argv):
     path = Path(given.get("check", Path(folder, f"{task}.json")))
     if task not in (None, "all"):
         tasks.pairs(task, 1)  # raises UserError on an unknown task
-    elif task is None and mode != "check" or task and mode != "search":
-        raise sg.UserError(f"name a task{', or all' if mode == 'search' else ''}; tasks: "
-                           f"{', '.join(tasks.TASKS)}")
+    elif mode not in ("check", "search", "trace"):
+        raise sg.UserError(f"--{mode} needs one task; tasks: {', '.join(tasks.TASKS)}")
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
     sg.keep_freed_memory()
     circuit = load(path) if mode in ("check", "explain", "ask") else None
-    default = circuit.record["model"]["path"] if mode == "check" else "out/sparse.npz"
-    model = load_model(given.get("model", default))
+    model = load_model(given.get("model") or sg.default_model())
     if circuit and circuit.record["model"]["fingerprint"] != fingerprint(model):
-        raise sg.UserError(f"{path} is a circuit of another model, not of {model.cfg.out}")
+        raise sg.UserError(f"{path} is a circuit of another model, not of {model.cfg.out}; name "
+                           f"its own with --model: it was {circuit.record['model']['path']}")
     if circuit and task not in (None, circuit.task):
         raise sg.UserError(f"{path} is a circuit of {circuit.task}")
     if mode == "check":
@@ -1497,16 +1373,21 @@ def run(argv):
         print("\n".join(wrong or [f"{path}: every loss is reproduced"]))
         return int(bool(wrong))
     if mode == "explain":
-        print(explain(circuit.record["example"]))
+        text = given["explain"]
+        print(explain(ask.walk(circuit, model, text) if text else circuit.record["example"]))
     elif mode == "ask":
-        print("\n".join(ask(circuit, model, given["ask"])))
+        print("\n".join(ask.ask(circuit, model, given["ask"], given.get("answers"))))
+    elif mode == "trace":
+        print("\n".join(trace.trace(model, given["trace"])))
     elif mode in ("set", "ablate"):
         values = given.get("set", [(name, None) for name in given.get("ablate", ())])
-        values = {node_number(name, model.cfg): value for name, value in values}
+        values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
         if mode == "ablate":
             means = mean_activations(model, model.text)
             values = {node: means[node] for node in values}
-        print("\n".join(intervene(model, task, values, settings)))
+        print("\n".join(ask.intervene(model, task, values, settings)))
+    elif task is None:
+        print("\n".join(ask.overview(model, folder)))
     else:
         check_folder(folder)
         context, seeds = ModelContext(model, settings.ablation), given.get("seeds", 2)
@@ -1515,8 +1396,11 @@ def run(argv):
             prune_all(context, settings, folder, seeds, workers)
         else:
             circuit = prune(model, task, settings, context, seeds, workers=workers)
-            print(listing(finish(folder, circuit, model)))
-            print(f"\nwrote {path}, .html and .dot")
+            circuit = finish(folder, circuit, model)
+            print(listing(circuit, "verbose" in given))
+            flags = {name: f" --{name} {shlex.quote(given[name])}"
+                     for name in ("model", "out") if name in given}
+            print(f"\nwrote {path}, .html and .dot; {show.next_commands(circuit, **flags)}")
     return 0
 
 
@@ -1528,4 +1412,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import prune as module  # so that docs/ask.py and worker processes see the same classes
+    sys.exit(module.main())

@@ -705,7 +705,7 @@ def check_ids(ids, cfg, positions=None, like=None):
 
 # ---- data: token streams ------------------------------------------------------------------------
 
-IDIOM_BYTES = 12_000_000  # of generated idioms: a default run sees each of them once or twice
+IDIOM_BYTES = 24_000_000  # of generated idioms: --long sees each of them about four times
 
 
 class Corpus(NamedTuple):
@@ -780,7 +780,8 @@ def save(path, model):
     arrays = dict(format=FORMAT, config=json.dumps(dataclasses.asdict(model.cfg)), params=flat,
                   merges=np.array(model.tok.merges, np.int32).reshape(-1, 2),
                   text=model.text.astype(np.uint16), **model.state)
-    write_whole(path, lambda f: np.savez(f, **arrays))
+    write = np.savez if model.state else np.savez_compressed  # quick, or small: most are zeros
+    write_whole(path, lambda f: write(f, **arrays))
 
 
 def load(path):
@@ -813,6 +814,17 @@ def load(path):
         raise UserError(f"{path} cannot be read or is not a whole checkpoint "
                         f"({type(e).__name__}: {e})") from e
     return Model(views(xp.asarray(flat), cfg), cfg, tok, text, arrays)
+
+
+def default_model():
+    """The path of the default checkpoint or, if there is none, of the one that comes with the
+    source, which python sparsegpt.py --long made; a line on stderr says so."""
+    if Path(Config.out).exists():
+        return Config.out
+    path = os.path.relpath(Path(__file__).parent / "docs/long.npz")
+    print(f"there is no {Config.out}: using {path}, a trained model that comes along",
+          file=sys.stderr)
+    return path
 
 
 # ---- scores and samples -------------------------------------------------------------------------
@@ -1049,16 +1061,18 @@ def report(model, val, log):
     loss, by_stream = evaluate(model.params, val, model.cfg, 256)
     log(f"validation loss {loss:.4f} nats a token ("
         + ", ".join(f"{name} {x:.4f}" for name, x in by_stream.items()) + ")")
-    log(f"\n{'task':<28} {'binary':>8} {'full':>8} {'accuracy':>8}   100 pairs, unseen names")
-    scores = evaluate_tasks(model)
-    for name in tasks.TASKS:
-        s = scores.get(name)
-        log(f"{name:<28} " + (f"{s.binary:8.4f} {s.full:8.4f} {s.accuracy:8.1%}" if s else
-                              "not scored: no prompt is of use"))
-    under = [sum(s.binary < level for s in scores.values()) for level in (0.05, 0.15)]
-    log(f"binary loss under 0.05 on {under[0]}, under 0.15 on {under[1]} of {len(tasks.TASKS)} "
-        "tasks")
-    log("\nsample after 'def':\n    " + sample(model, "def").replace("\n", "\n    "))
+    start = "def" if model.cfg.idioms else ""
+    if model.cfg.idioms:  # else the model need not have seen Python
+        log(f"\n{'task':<28} {'binary':>8} {'full':>8} {'accuracy':>8}   100 pairs, unseen names")
+        scores = evaluate_tasks(model)
+        for name in tasks.TASKS:
+            s = scores.get(name)
+            log(f"{name:<28} " + (f"{s.binary:8.4f} {s.full:8.4f} {s.accuracy:8.1%}" if s else
+                                  "not scored: no prompt is of use"))
+        under = [sum(s.binary < level for s in scores.values()) for level in (0.05, 0.15)]
+        log(f"binary loss under 0.05 on {under[0]}, under 0.15 on {under[1]} of "
+            f"{len(tasks.TASKS)} tasks")
+    log(f"\nsample after {start!r}:\n    " + sample(model, start).replace("\n", "\n    "))
 
 
 # ---- threads and memory -------------------------------------------------------------------------
@@ -1218,11 +1232,14 @@ def bench(cfg, n=15, log=print):
 # A plain dense model, as the paper's are, that ends within 2 % of the sparse default's validation
 # loss: see docs/results.md.
 DENSE = dict(d_model=64, density=1.0, afrac=1.0, lr=0.007, steps=7000, out="out/dense.npz")
+# The longest recipe for two cores, an hour and a quarter, with the smallest circuits.
+LONG = dict(afrac=1 / 4, batch_size=16, steps=26000, out="out/long.npz")
 QUICK = dict(n_layer=1, d_model=64, density=1 / 8, afrac=1.0, lr=0.016, steps=1000,
              max_mb=0.3, out="out/quick.npz")
+PRESETS = dict(dense=DENSE, long=LONG, quick=QUICK)
 TAKES = dict(  # the flags that these modes look at; they refuse the others
     gradcheck={"act", "afrac", "positions", "sink", "bigram"},
-    resume={"out", "threads", "dense", "quick"}, sample={"out", "seed", "dense", "quick"})
+    resume={"out", "threads", *PRESETS}, sample={"out", "seed", *PRESETS})
 
 
 def make_parser():
@@ -1231,6 +1248,8 @@ def make_parser():
                           argument_default=argparse.SUPPRESS)
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
     presets.add_argument("--dense", action="store_true", help="a dense model of about equal loss")
+    presets.add_argument("--long", action="store_true", help="five times the text, smaller "
+                         "circuits; 75 minutes")
     presets.add_argument("--quick", action="store_true", help="a tiny model, all done in seconds")
     modes = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
     for name, text in [("resume", "go on with the interrupted run of --out"),
@@ -1253,7 +1272,7 @@ def configure(given):
     for mode, takes in TAKES.items():
         if mode in given and (more := given.keys() - takes - {mode}):
             raise UserError(f"--{mode} takes no --{min(more)}")
-    values = DENSE if "dense" in given else QUICK if "quick" in given else {}
+    [values] = [PRESETS[name] for name in PRESETS if name in given] or [{}]
     names = {f.name for f in dataclasses.fields(Config)}
     values = values | {name: value for name, value in given.items() if name in names}
     if "resume" not in given:
@@ -1271,7 +1290,8 @@ def run(argv):
     if "gradcheck" in given:
         return int(not gradcheck(cfg) <= 1e-6)
     if "sample" in given:
-        print(sample(load(cfg.out), given["sample"], seed=cfg.seed))
+        path = cfg.out if given.keys() & {"out", *PRESETS} else default_model()
+        print(sample(load(path), given["sample"], seed=cfg.seed))
         return 0
     print(device)
     if "bench" in given:
@@ -1295,24 +1315,21 @@ def main(argv=None):
 # On CuPy the ops of Part I run as they are, and three of them as one kernel each: see `fused`.
 
 def use_device(name):
-    """Choose the array module: "cpu" (NumPy), "gpu" (CuPy) or "auto". Returns a line that says
-    what was chosen. Raises UserError if a GPU is asked for and CuPy or a device is missing: never
-    a silent fall-back."""
+    """Choose the array module: "cpu" (NumPy) or "gpu" (CuPy). Returns a line that says what was
+    chosen. Raises UserError if CuPy or a device is missing: never a silent fall-back."""
     global xp
-    xp = np
-    if name not in ("cpu", "gpu", "auto"):
-        raise UserError(f"SPARSEGPT_DEVICE must be cpu, gpu or auto, not {name!r}")
+    if name not in ("cpu", "gpu"):
+        raise UserError(f"SPARSEGPT_DEVICE must be cpu or gpu, not {name!r}")
     if name == "cpu":
+        xp = np
         return f"device: CPU through NumPy {np.__version__}"
     try:
         import cupy
         cupy.zeros(1).sum()  # a driver without a usable device fails here, not at import
     except Exception as e:
-        why = f"no usable GPU: {type(e).__name__}: {e}".split("\n")[0]
-        if name == "gpu":
-            raise UserError(f"SPARSEGPT_DEVICE=gpu, but {why}; install CuPy for your CUDA version "
-                            "(pip install cupy-cuda12x) or set SPARSEGPT_DEVICE=cpu") from e
-        return f"device: CPU through NumPy {np.__version__} ({why})"
+        raise UserError(f"SPARSEGPT_DEVICE=gpu, but there is no usable GPU: {type(e).__name__}: "
+                        f"{e}; install CuPy for your CUDA version (pip install cupy-cuda12x) or "
+                        "set SPARSEGPT_DEVICE=cpu") from e
     xp = cupy
     return f"device: GPU through CuPy {cupy.__version__}"
 

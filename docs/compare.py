@@ -66,13 +66,13 @@ def compare_one(contexts, settings, job):
     context, name = contexts[job[0]], job[1]
     row = dict(EMPTY, model=context.fingerprint, task=name, points=[], by_attribution=[])
     try:
-        task = prune.PruningTask(context.model, context.frozen, name, settings, text=context.text)
+        task = prune.PruningTask(context.model, context.frozen, name, settings)
     except prune.CannotPrune:
         return row
     row["full"] = task.full_loss()
     if row["full"] > max(SWEEP):
         return row
-    progress, order = prune.Progress(name, prune.quiet), prune.rank_by_attribution(task)
+    progress, order = prune.Progress(), prune.rank_by_attribution(task)
     loss = functools.cache(lambda n: task.loss(prune.top_nodes(order, n)))
     for target, mask, (nodes, edges) in curve(task, progress):
         point = dict(task=name, target=target)
@@ -83,7 +83,7 @@ def compare_one(contexts, settings, job):
         if target == settings.target:
             # Trials by resampling take too long, and `clean` leaves large circuits as they are.
             if settings.ablation != "resample" and edges <= prune.TOO_LARGE:
-                cleaned = prune.clean(task, mask, lambda *_: None, progress)[0]
+                cleaned = prune.clean(task, mask, lambda *_: None, progress)
                 row["cleaned"] = dict(zip(("nodes", "edges"), task.size(cleaned)))
             needed = prune.check_necessity(task, mask)
             row |= {"without": needed["loss"], "random": needed["median"]}
@@ -156,14 +156,14 @@ def describe(contexts, known):
             continue
         data = cfg.data, cfg.max_mb, cfg.idioms > 0, cfg.vocab_size
         if data not in corpora:  # to tokenize it takes long
-            corpora[data] = sg.load_corpus(cfg, prune.quiet)
+            corpora[data] = sg.load_corpus(cfg, lambda line: None)
         if corpora[data].tok.merges != model.tok.merges:
             raise sg.UserError(f"{cfg.out} was trained on another text than --data {cfg.data} now")
         loss, streams = sg.evaluate(model.params, corpora[data].val, cfg, 256)
         out.append(dict(
             name=cfg.out, model=context.fingerprint, kind=kind_of(cfg), seed=cfg.seed,
             d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=loss, **streams,
-            kurtosis=kurtosis(model, context.text[:16]),
+            kurtosis=kurtosis(model, model.text[:16]),
             nonzero=sum(int((model.params[name] != 0).sum()) for name in prune.matrices(cfg))))
     return out
 

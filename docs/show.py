@@ -5,6 +5,8 @@ All of it is made from a circuit's saved record, without the model: see prune.de
 import html
 import itertools
 import math
+import shlex
+import textwrap
 from collections import Counter, defaultdict, namedtuple
 from statistics import fmean, geometric_mean
 
@@ -17,78 +19,158 @@ def one_line(text, space=" "):
 
 # ---- text ---------------------------------------------------------------------------------------
 
-def listing(circuit):
-    """A circuit as text: sizes, losses, nodes and edges, checks."""
-    r, c, size = circuit.record, circuit.calibration, circuit.record["size"]
-    full = dict(stage="full model", nodes=size["model_nodes"], edges=size["model_edges"],
-                loss=r["losses"]["full"]["search"]["binary"])
-    lines = [f"{circuit.task}: {r['doc']}", "", f"{'':<24} {'nodes':>7} {'edges':>8} {'loss':>8}"]
-    lines += [f"{s['stage']:<24} {s['nodes']:>7,} {s['edges']:>8,} {s['loss']:8.4f}"
-              for s in (full, *r["stages"])]
-    ranked = r["attribution"]
-    lines += [f"{'ranked by attribution':<24} {ranked['nodes']:>7,} {ranked['edges']:>8,}"
-              "          (fewest nodes by rank at the same target)",
-              f"Not counted as edges: biases, {size['embed']} embeddings of tokens that differ "
-              f"within a pair, {size['unembed']} unembeddings of answers.", "",
-              f"{'loss in nats':<24} {'search prompts':^26}   {'held-out prompts':^26}",
-              f"{'':<24}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
-    for key, name in (("full", "full model"), ("circuit", "circuit"),
-                      ("uncalibrated", "circuit, uncalibrated")):
+def listing(circuit, verbose=False):
+    """A circuit as text: task, size, losses, checks, then its nodes and edges in the order of
+    computation. verbose: all stages, checks and nodes, and tokens with high and low values."""
+    r, size, example = circuit.record, circuit.record["size"], circuit.record["example"]
+    lines = [f"{circuit.task}: {r['doc']}"]
+    lines += [f"    {''.join(tokens[1:])}  ->  {answer}"
+              for tokens, answer in zip(example["prompts"], example["answers"])]
+    lines += ["", "{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
+              "Ranking by attribution needs ".format(**size)
+              + "{nodes:,} and {edges:,}.".format(**r["attribution"]),
+              "Not counted: biases, {embed} embeddings of tokens that differ within a pair, "
+              "{unembed} unembeddings of answers.".format(**size), "",
+              f"{'loss in nats':<14} {'search prompts':^26}   {'held-out prompts':^26}",
+              f"{'':<14}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
+    for key, name in (("full", "full model"), ("circuit", "circuit")):
         scores = (r["losses"][key][split] for split in ("search", "held"))
-        lines.append(f"{name:<24}" + "".join(
+        lines.append(f"{name:<14}" + "".join(
             f" {s['binary']:8.4f} {s['full']:8.4f} {s['accuracy']:8.1%}  " for s in scores))
-    lines += [f"Calibration: logits x {c.scale:.3f} (allowed: 1/2 to 2), first answer's logit "
-              f"{c.shift:+.3f}; fitted on other prompts.",
-              f"The target, {circuit.settings.target:g}, is for the binary loss of the calibrated "
-              "circuit on the search prompts.", "", "The circuit in the order of computation. <- "
-              "is an edge with its weight, == the same channel of the residual stream."]
-    marks = {True: "passed", False: "FAILED", None: "-"}
-    return "\n".join([*lines, *node_lines(r), "", "checks", *(
-        f"    {marks[c['passed']]:<7} {c['name']}: {c['text']}" for c in r["checks"])])
+    lines += [f"The target, {circuit.settings.target:g}, is for the circuit's binary loss on the "
+              f"search prompts. Chance is {math.log(2):.3f}.", ""]
+    if verbose:
+        lines += ["search" + f"{'nodes':>25} {'edges':>8} {'loss':>8}"]
+        lines += [f"    {s['stage']:<20} {s['nodes']:>6,} {s['edges']:>8,} {s['loss']:8.4f}"
+                  for s in r["stages"]]
+        marks = {True: "passed", False: "FAILED", None: "-"}
+        lines += ["", "checks", *(f"    {marks[c['passed']]:<7} {c['name']}: {c['text']}"
+                                  for c in r["checks"])]
+    else:
+        lines += textwrap.wrap(check_line(r["checks"]), 99, subsequent_indent="    ")
+        lines += textwrap.wrap(control_line(r["checks"]), 99, subsequent_indent="    ")
+    lines += ["", "<- and -> are edges with their weights, == is the same channel of the residual "
+              "stream.", "importance: the loss if the node alone is deleted, less the circuit's. "
+              "values: on the two",
+              "prompts above, at the token (counted from the end) where they differ most."]
+    return "\n".join(lines) + "\n\n" + ("\n\n" if verbose else "\n").join(
+        "\n".join(block) for block in blocks(r, verbose))
 
 
-def node_lines(record, most=8):
-    """Lines of text: the heads and nodes of a circuit in the order of computation, a blank line
-    before each; of a node's embeddings at most the `most` heaviest."""
-    into, tokens, answers, lines = *(defaultdict(list) for _ in range(3)), []
-    for e in record["edges"] + record["residual"]:
-        link = f"<- {e['from']}  {e['weight']:+.3f}" if "weight" in e else f"== {e['from']}"
-        into[e["to"]].append(f"    {link}")
-    for e in sorted(record["embed"], key=lambda e: -abs(e["weight"])):
-        tokens[e["to"]].append(f"  {e['token']} {e['weight']:+.2f}")
-    for e in sorted(record["unembed"], key=lambda e: -e["weight"]):
-        answers[e["from"]].append(f"  {e['token']} {e['weight']:+.2f}")
-    heads = {head["nodes"][0]: head for head in record["heads"]}  # by their first nodes
-    for node in record["nodes"]:
-        name = node["name"]
-        if h := heads.get(name):
-            sink = "none" if h["sink"] is None else f"{h['sink']:+.2f}"
-            bias = "".join(f", {d} back {x:+.2f}" for d, x in h["distances"])
-            lines += ["", f"{h['name']}  logits: sink {sink}{bias}; {h['overlap']:.0%} of the "
-                          "attention is as in the full model"]
-            lines += [f"    at the end of {a['context']}  attends to " + ", ".join(
-                f"{t} {w:.2f}" for t, w in a["to"]) for a in h["attends"]]
-        bias = "" if node["bias"] is None else f"  bias {node['bias']:+.3f}"
-        lines += ["", f"{name}{bias}  mean {node['mean']:+.3f}"]
-        if rows := tokens[name]:
-            more = f"  and {len(rows) - most} more" if len(rows) > most else ""
-            lines.append("    <- tokens" + "".join(rows[:most]) + more)
-        lines += into[name]
-        for kind, side in itertools.product(("task", "text"), ("high", "low")):
-            lines.append(f"    {kind} {side:<5}" + "   ".join(
-                f"{before}[{t}] {v:+.2f}" for before, t, v in node[kind][side][:3]))
-        if answers[name]:
-            lines.append("    -> answers" + "".join(answers[name]))
+def next_commands(circuit, model="", out=""):
+    """Three commands to go on with, a line each. model, out: flags that they need."""
+    nodes, (prompt, _) = circuit.record["nodes"], circuit.record["example"]["prompts"]
+    start = f"\n    python prune.py {circuit.task}{model}"
+    text = shlex.quote("".join(prompt[1:]).replace("⏎", "\n"))
+    lines = f"next:{start}{out} --explain{start}{out} --ask {text}"
+    if nodes:
+        lines += f"{start} --ablate {max(nodes, key=lambda node: node['importance'])['name']}"
     return lines
 
 
-def explain(example, columns=7):
-    """One pair of prompts through a circuit, as text: the value of each node at each token."""
+def check_line(checks):
+    """The checks on one line: how many passed, and which did not, with their numbers."""
+    failed = []
+    for c in (c for c in checks if c["passed"] is False):
+        if c.get("overlap") is not None:
+            failed.append(f"{c['name']} {c['overlap']:.0%}")
+        elif c.get("edges") is not None:
+            failed.append(f"{c['name']} {c['edges']:.0f} edges")
+        else:
+            failed.append(f"{c['name']} {c['loss']:.2f}")
+    line = f"checks: passed {sum(c['passed'] is True for c in checks)}"
+    return line + (f", FAILED {len(failed)}: {', '.join(failed)}" if failed else "")
+
+
+def control_line(checks):
+    """What the same search needs where there should be no circuit, on one line."""
+    edges = {c["name"]: "none found" if c["edges"] is None else f"{c['edges']:.0f} edges"
+             for c in checks if "edges" in c and c["passed"] is not None}
+    return "controls: " + (", ".join(f"{name} {found}" for name, found in edges.items())
+                           or "not run")
+
+
+def packed(items, wide=99):
+    """Lines of items, two spaces apart and indented."""
+    lines = []
+    for item in items:
+        if lines and len(lines[-1]) + len(item) + 2 <= wide:
+            lines[-1] += f"  {item}"
+        else:
+            lines.append(f"    {item}")
+    return lines
+
+
+def blocks(record, verbose, most=8):
+    """[[line]]: a block for each head and node of a circuit in the order of computation; of a
+    node's embeddings at most the `most` heaviest. Without verbose, nodes of less than a tenth of
+    the largest importance are one block."""
+    before, after, out = defaultdict(list), defaultdict(list), []
+    for e in record["edges"] + record["residual"]:
+        before[e["to"]].append(f"<- {e['from']} {e['weight']:+.2f}" if "weight" in e else
+                               f"== {e['from']}")
+        if "weight" in e:
+            after[e["from"]].append(f"-> {e['to']} {e['weight']:+.2f}")
+    for name in {e["to"] for e in record["embed"]}:
+        rows = sorted((e for e in record["embed"] if e["to"] == name),
+                      key=lambda e: -abs(e["weight"]))
+        before[name].insert(0, "<- tokens " + ", ".join(
+            f"{e['token']} {e['weight']:+.2f}" for e in rows[:most])
+            + f" and {len(rows) - most} more" * (len(rows) > most))
+    for e in sorted(record["unembed"], key=lambda e: -e["weight"]):
+        after[e["from"]].append(f"-> answer {e['token']} {e['weight']:+.2f}")
+    heads = {head["nodes"][0]: head for head in record["heads"]}  # by their first nodes
+    largest = max((node["importance"] for node in record["nodes"]), default=0)
+    minor = [node["name"] for node in record["nodes"] if node["importance"] < 0.1 * largest]
+    for node in record["nodes"]:
+        name, values = node["name"], record["example"]["values"][node["name"]]
+        if h := heads.get(name):
+            out.append([f"{h['name']}  {h['overlap']:.0%} of its attention as in the full model"])
+            out[-1] += [f"    at the end of prompt {i} it looks at " + ", ".join(
+                f"{t} {w:.2f}" for t, w in a["to"]) for i, a in enumerate(h["attends"], 1)]
+            if verbose:
+                sink = "none" if h["sink"] is None else f"{h['sink']:+.2f}"
+                out[-1].append(f"    logits: sink {sink}" + "".join(
+                    f", {d} back {x:+.2f}" for d, x in h["distances"]))
+        if name in minor and not verbose:
+            continue
+        back = max(range(1, 1 + min(map(len, values))),
+                   key=lambda t: abs(values[0][-t] - values[1][-t]))
+        tokens = " | ".join(dict.fromkeys(p[-back] for p in record["example"]["prompts"]))
+        block = [f"{name:<16} importance {node['importance']:6.3f}   values "
+                 f"{values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
+        for side in before[name], after[name]:
+            block += packed(side)
+        if verbose:
+            bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"
+            block.append(f"    bias and frozen inputs {bias}, mean {node['mean']:+.3f}")
+            block += [f"    {kind} {side:<5}" + "   ".join(
+                f"{text}[{t}] {v:+.2f}" for text, t, v in node[kind][side][:3])
+                for kind, side in itertools.product(("task", "text"), ("high", "low"))]
+        out.append(block)
+    if minor and not verbose:
+        out.append([f"and {len(minor)} nodes of less than a tenth of the largest importance"])
+        groups = [g for g in record["groups"] if len(g["nodes"]) > 1]
+        out[-1] += [f"    {len(g['nodes'])} of them, connected, have together {g['effect']:.3f}"
+                    for g in sorted(groups, key=lambda g: -g["effect"])]
+    return out
+
+
+def explain(example, columns=5):
+    """Prompts through a circuit, as text: the value of each node at each token. Nodes that are
+    alike on the prompts of a pair, counted from the end, are left out."""
     lines, names = [], list(example["values"])
-    for start, p in itertools.product(range(0, len(names), columns), range(2)):
+    if len(example["prompts"]) == 2:
+        names = [name for name in names if any(
+            abs(x - y) > 0.005 for x, y in zip(*(v[::-1] for v in example["values"][name])))]
+        if left := len(example["values"]) - len(names):
+            lines.append(f"{left} nodes that do not differ between the prompts are left out")
+    both = range(len(example["prompts"]))
+    for start, p in itertools.product(range(0, len(names), columns), both):
         some = names[start:start + columns]
-        lines += ["", f"prompt {p + 1}, right answer {example['answers'][p]}, calibrated margin "
-                  f"{example['margins'][p]:+.3f}", " " * 14 + "".join(f"{x:>16}" for x in some)]
+        lines += ["", f"prompt {p + 1}, right answer {example['answers'][p]}, margin "
+                  f"{example['margins'][p]:+.3f}" if len(both) == 2 else "",
+                  " " * 14 + "".join(f"{x:>16}" for x in some)]
         for t, text in enumerate(example["prompts"][p]):
             lines.append(f"{text:<14}" + "".join(
                 f"{example['values'][name][p][t]:>16.3f}" for name in some))
@@ -97,7 +179,7 @@ def explain(example, columns=7):
 
 def summary(rows):
     """The table of all tasks, as text. rows: {task: (its Circuit or None, why there is none)}."""
-    names = "full circuit held-out nodes edges without random nonsense shuffled".split()
+    names = "full circuit held-out nodes edges without nonsense inverted shuffled".split()
     lines, sizes_ = [f"{'task':<28}" + "".join(f"{name:>10}" for name in names)], []
     for task, (circuit, text) in rows.items():
         if circuit:
@@ -105,9 +187,9 @@ def summary(rows):
             full, own, size = r["losses"]["full"], r["losses"]["circuit"], r["size"]
             sizes_.append([max(1, size["nodes"]), max(1, size["edges"])])
             cells = [full["search"]["binary"], own["search"]["binary"], own["held"]["binary"],
-                     size["nodes"], size["edges"], checks["necessity"]["loss"],
-                     checks["random circuits"]["loss"]]
-            controls = (checks[name]["edges"] for name in ("nonsense task", "shuffled weights"))
+                     size["nodes"], size["edges"], checks["necessity"]["loss"]]
+            controls = (checks[name]["edges"]
+                        for name in ("nonsense task", "inverted task", "shuffled weights"))
             cells += ["none" if edges is None else int(edges) for edges in controls]
             text = "".join(f"{x:>10.3f}" if isinstance(x, float) else f"{x:>10}" for x in cells)
         lines.append(f"{task:<28}{'' if circuit else '  '}{text}")
@@ -117,9 +199,8 @@ def summary(rows):
             len(sizes_), *means),
         "full, circuit: binary losses in nats on the search prompts; held-out: the circuit's on "
         "other prompts",
-        "without: the full model's loss without the circuit; random: the lowest of ten random "
-        "circuits of this size",
-        "nonsense, shuffled: edges that the same search needs for the two controls"])
+        "without: the full model's loss without the circuit's nodes",
+        "nonsense, inverted, shuffled: edges that the same search needs for the controls"])
 
 
 # ---- drawings -----------------------------------------------------------------------------------
@@ -289,14 +370,17 @@ def picture(record):
                    f'data-lit="{" ".join(sorted(ids[box] for box in ends))}" '
                    f'stroke-width="{1 + 3 * abs(weight) / (largest[a.column[1]] or 1):.1f}" '
                    f'd="M{start} {y[a]:.1f}H{end}c{dx / 2} 0 {dx / 2} {dy:.1f} {dx} {dy:.1f}"/>')
+    most = max(node["importance"] for node in record["nodes"])
     for box in (box for box in y if box.site):
-        title, text, kind, low = "", visible(box_name(box), "␣", 9), "soft", 4
+        title, text, kind, low, shade = "", visible(box_name(box), "␣", 9), "soft", 4, 1
         if node := boxes[box]:
             title, kind, low = box.channel, "", 11
+            shade = 0.45 + 0.55 * min(1, max(0, node["importance"]) / (most or 1))
             if heads[box] != box:
                 title = f"{box.site[-1]}.{box.channel}"
             text = "".join(visible(row[1], "␣", 9) for row in node["task"]["high"][:1])
-        out.append(f'<a id="{ids[box]}" data-lit="{" ".join(sorted(ids[b] for b in lit[box]))}" '
+        lights = " ".join(sorted(ids[b] for b in lit[box]))
+        out.append(f'<a id="{ids[box]}" opacity="{shade:.2f}" data-lit="{lights}" '
                    f'transform="translate({x[box.column]} {y[box]:.1f})"><title>'
                    f'{visible(box_name(box))}</title><rect class="{kind}" y="-{HIGH / 2}" '
                    f'width="{WIDE}" height="{HIGH}"/><text class="ch" x="{mid}" y="-3">{title}'
@@ -305,16 +389,30 @@ def picture(record):
             + "\n".join(out) + "</svg>\n")
 
 
+def summary_page(rows):
+    """The table of all tasks above the pictures of their circuits, as an HTML page."""
+    found = [circuit for circuit, _ in rows.values() if circuit]
+    text = html.escape(summary(rows))
+    for name in (circuit.task for circuit in found):
+        text = text.replace(f"\n{name} ", f'\n<a href="#{name}">{name}</a> ')
+    return document("Circuits", f"<pre>{text}</pre>", *(
+        f'<h2 id="{c.task}">{c.task}</h2><p>{visible(c.record["doc"])}</p>{picture(c.record)}'
+        for c in found))
+
+
 def page(circuit):
     """A circuit as a self-contained HTML page: its picture above its listing."""
-    record, text = circuit.record, f"{listing(circuit)}\n\n{explain(circuit.record['example'])}"
+    record = circuit.record
+    text = f"{listing(circuit, verbose=True)}\n\n{explain(record['example'])}"
     wires = (("pos", "positive weight (width: relative to the largest of its kind)"),
              ("neg", "negative weight"), ("", "residual channel"))
     return document(
         circuit.task, f"<p>{visible(record['doc'])}</p>\n",
-        '<p class="mute">box: channel, and the token with its highest value; at most 12 tokens a '
-        "side", *(f'<svg width="32" height="8"><path class="{kind}" d="M0 4H32"/></svg>{what}'
-                  for kind, what in wires), "</p>\n",
+        *(f"<p>{visible(line(record['checks']))}</p>" for line in (check_line, control_line)),
+        '<p class="mute">box: channel, and the token with its highest value; the fainter, the '
+        "less important; at most 12 tokens a side", *(
+            f'<svg width="32" height="8"><path class="{kind}" d="M0 4H32"/></svg>{what}'
+            for kind, what in wires), "</p>\n",
         picture(record), '<pre class="panel" hidden></pre>\n<pre>',
         "\n".join(map(visible, text.split("\n"))), f"</pre><script>{SCRIPT}</script>")
 

@@ -1,0 +1,91 @@
+"""Asks a model and a circuit about prompts of one's own, and changes nodes of the model.
+
+    python prune.py single_double_quote --ask 'print("hello'      # needs the circuit to be found
+    python prune.py single_double_quote --ablate h0.neuron.17     # the model, without a node
+"""
+import sparsegpt as sg  # before NumPy
+import numpy as np
+import prune
+from docs import readings
+from docs.show import one_line
+
+
+def ask(circuit, model, texts, answers=None):
+    """Lines of text about each prompt: the full model's five likeliest next tokens; and which of
+    two answers it and the circuit lean to. The two are the given ones, or else those of the task's
+    pairs that the full model finds likeliest there. Raises UserError on an unusable prompt."""
+    s, lines, tok = circuit.settings, [], model.tok
+    frozen = prune.ModelContext(model, s.ablation).frozen
+    pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
+    known = np.unique(np.stack([pool.right, pool.wrong], 1)[pool.sign > 0], axis=0)
+    for text in texts:
+        ids, two = [tok.EOT, *tok.encode(text)], known
+        try:
+            if answers:
+                ids, *two = prune.tasks.deciding_tokens(tok, text, *answers)
+                two = np.array([two])
+            if len(ids) > model.cfg.n_ctx:
+                raise ValueError(f"{len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
+        except ValueError as e:
+            raise sg.UserError(f"--ask {text!r}: {e}") from e
+        one = sg.Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, 0, 0, 1)))
+        runner = prune.PlainRunner(model, frozen, one)
+        full, own = (runner.logits(mask)[0].astype(float)
+                     for mask in (prune.every_node(model.cfg), circuit.mask))
+        p = np.exp(full - full.max())
+        p /= p.sum()
+        first, second = max(two, key=lambda pair: p[pair].sum())
+        names = [f"`{one_line(tok.decode([i]))}`" for i in (first, second)]
+        leans = [logits[first] - logits[second] for logits in (full, own)]
+        same = "" if leans[0] * leans[1] > 0 else ": they DISAGREE"
+        lines += [one_line(text), "    the full model's likeliest: " + ", ".join(
+            f"`{one_line(tok.decode([i]))}` {p[i]:.1%}" for i in np.argsort(-p)[:5]),
+            f"    logit of {names[0]} less that of {names[1]}: full model {leans[0]:+.3f}, "
+            f"circuit {leans[1]:+.3f}{same}"]
+    return lines
+
+
+def walk(circuit, model, text):
+    """What `explain` prints of a circuit, on a prompt of one's own."""
+    ids = np.array([[model.tok.EOT, *model.tok.encode(text)]])
+    if ids.shape[1] > model.cfg.n_ctx:
+        raise sg.UserError(f"{ids.shape[1]} tokens exceed the context of {model.cfg.n_ctx}")
+    one = sg.Prompts(ids, *(np.array([x]) for x in (ids.shape[1] - 1, 0, 0, 1)))
+    frozen = prune.ModelContext(model, circuit.settings.ablation).frozen
+    return readings.pair_readings(model, circuit.mask, frozen, one, {})[0]
+
+
+def intervene(model, task, values, settings):
+    """Lines of text: the full model on a task, unchanged and with nodes frozen at values, {node
+    number: value}."""
+    prompts = prune.make_prompts(model, task, settings.search_pairs, settings.seed)
+    every, frozen = prune.every_node(model.cfg), np.zeros(prune.n_nodes(model.cfg))
+    frozen[list(values)] = list(values.values())
+    runner = prune.PlainRunner(model, frozen, prompts)
+    margins = [prune.margins(runner.logits(mask), prompts)
+               for mask in (every, every.without(values))]
+    lines = [f"full model on {len(prompts.last)} prompts of {task}, unchanged and changed:"]
+    lines += [f"    loss {prune.logistic(m):.4f}, accuracy {(m > 0).mean():.1%}" for m in margins]
+    for sign, right, wrong in ((1, "first", "second"), (-1, "second", "first")):
+        before, after = (m[prompts.sign == sign] for m in margins)
+        flipped = ((before > 0) & (after <= 0)).sum()
+        lines.append(f"of {len(before)} prompts that should get the {right} answer, {flipped} "
+                     f"flip to the {wrong}; mean margin {before.mean():+.3f}, then "
+                     f"{after.mean():+.3f}")
+    return lines
+
+
+def overview(model, folder):
+    """Lines of text: the tasks with the model's binary loss, and the circuits in a folder."""
+    lines, scores = [f"{'task':<28}    loss   circuit in {folder}"], sg.evaluate_tasks(model)
+    for task in prune.tasks.TASKS:
+        path = prune.Path(folder, f"{task}.json")
+        found = "-"
+        if path.exists():
+            circuit = prune.load(path)
+            found = "{nodes} nodes, {edges} edges".format(**circuit.record["size"])
+            if circuit.record["model"]["fingerprint"] != prune.fingerprint(model):
+                found = "of another model"
+        loss = f"{scores[task].binary:8.3f}" if task in scores else "       -"
+        lines.append(f"{task:<28}{loss}   {found}")
+    return lines

@@ -1,0 +1,178 @@
+"""Which paths through a model's nonzero weights make it prefer its top token? No task, no search:
+
+    python prune.py --trace 'x = f("hello'
+
+The difference of the logits of the top token and the runner-up is taken apart from the logits
+back: weight x value x what the node's value is multiplied by further on. What is not linear is
+held as it is on this prompt: attention patterns, the scales of norms, AbsTopK's choice, and an
+activation's output over its input. So the parts of a node add up to it, down to tokens and biases.
+"""
+import heapq
+from collections import defaultdict
+
+import sparsegpt as sg  # before NumPy
+import numpy as np
+import prune
+from docs.show import one_line
+
+
+class Prompt:
+    """One prompt in the full model. value: {site: [T, C]}; gate: value over what it is made of,
+    the residual stream or a matrix's output."""
+
+    def __init__(self, model, ids):
+        self.model, self.ids, cfg = model, ids, model.cfg
+        self.p = {name: sg.to_host(w).astype(float) for name, w in model.params.items()}
+        record = prune.Recorder()
+        logits, cache = sg.forward(model.params, ids[None], cfg, record)
+        self.logits = sg.to_host(logits)[0, -1].astype(float)
+        self.value = {site: sg.to_host(x).astype(float) for site, x in record.seen.items()}
+        self.attention = {f"h{i}": prune.attention_weights(cache, i)[0]
+                          for i in range(cfg.n_layer)}
+        self.writers, self.gate = {}, {}
+        stream, written = self.p["wte"][ids], []
+        stream = stream + self.p["wpe"][:len(ids)] if "wpe" in self.p else stream
+        for site, value in self.value.items():
+            if site.endswith(("_in", "final")):
+                self.writers[site], made_of = list(written), stream
+            elif site.endswith((".q", ".k")):
+                continue  # attention patterns are held
+            else:
+                w, b, source = self.matrix(site)
+                made_of = (self.mixed(site[:2]) if site.endswith("attn_out") else source) @ w + b
+            self.gate[site] = np.divide(value, made_of, np.zeros_like(value), where=made_of != 0)
+            if site.endswith("_out"):
+                written.append(site)
+                stream = stream + value
+
+    def matrix(self, site):
+        """(w [in, out], b, values [T, in]) of the matrix that makes a site."""
+        h, C = site.split(".")[0], self.model.cfg.d_model
+        name, source = dict(v=("attn.wqkv", "attn_in"), attn_out=("attn.wo", "v"),
+                            neuron=("mlp.wfc", "mlp_in"), mlp_out=("mlp.wproj", "neuron"),
+                            )[site.split(".")[1]]
+        w, b = self.p[f"{h}.{name}"], self.p[prune.matrices(self.model.cfg)[f"{h}.{name}"].bias]
+        part = slice(2 * C, None) if name == "attn.wqkv" else slice(None)
+        return w[:, part], b[part], self.value[f"{h}.{source}"]
+
+    def mixed(self, h):
+        """What the heads of a block hand on, [T, C]: values weighted by attention."""
+        T, d = len(self.ids), self.model.cfg.d_head
+        v = self.value[f"{h}.v"].reshape(T, -1, d)
+        return np.einsum("hts,shd->thd", self.attention[h][..., :T], v).reshape(T, -1)
+
+    def parts(self, site, t, c, slope):
+        """[(amount, (site, t, c) or None for a leaf, slope, name)] of a node whose value is
+        multiplied by slope further on."""
+        slope, h, d = slope * self.gate[site][t, c], site.split(".")[0], self.model.cfg.d_head
+        if site.endswith(("_in", "final")):
+            out = [(slope * self.p["wte"][self.ids[t], c], None, 0, "the token")]
+            if "wpe" in self.p:
+                out.append((slope * self.p["wpe"][t, c], None, 0, "the position"))
+            return out + [(slope * self.value[w][t, c], (w, t, c), slope, "")
+                          for w in self.writers[site]]
+        (w, b, source), out = self.matrix(site), []
+        for i in np.flatnonzero(w[:, c]):
+            if site.endswith("attn_out"):
+                for s, share in enumerate(self.attention[h][i // d, t, :t + 1]):
+                    out.append((slope * w[i, c] * share * source[s, i], (f"{h}.v", s, i),
+                                slope * w[i, c] * share, ""))
+            else:
+                name = f"{h}.attn_in" if site.endswith("v") else (
+                    f"{h}.mlp_in" if site.endswith("neuron") else f"{h}.neuron")
+                out.append((slope * w[i, c] * source[t, i], (name, t, i), slope * w[i, c], ""))
+        return out + [(slope * b[c], None, 0, "bias")]
+
+
+def trace(model, text, share=0.8, most=60):
+    """Lines of text: the tree of paths, largest first, until it holds `share` of all amounts,
+    signs aside, or has `most` nodes; and a check of it by deleting its nodes one at a time."""
+    ids = np.array([model.tok.EOT, *model.tok.encode(text)])
+    if len(ids) > model.cfg.n_ctx:
+        raise sg.UserError(f"--trace: {len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
+    one, last = Prompt(model, ids), len(ids) - 1
+    first, second = np.argsort(-one.logits)[:2]
+    head = one.p["head.w"][:, first] - one.p["head.w"][:, second]
+    difference = one.logits[first] - one.logits[second]
+    tree = [(head[c] * one.value["final"][last, c], ("final", last, c), head[c], "", [])
+            for c in np.flatnonzero(head)]
+    known = difference - sum(branch[0] for branch in tree)  # the bigram table and biases
+    heap = [(-abs(b[0]), i, b) for i, b in enumerate(tree)]
+    heapq.heapify(heap)
+    named, count, leaves = {}, len(heap), abs(known)
+    open_ = sum(-size for size, _, _ in heap)
+    while heap and open_ > (1 - share) * (open_ + leaves) and len(named) < most:
+        size, _, (_, node, slope, _, children) = heapq.heappop(heap)
+        open_ += size
+        named.setdefault(node, 0.0)
+        for part in one.parts(*node, slope):
+            branch, count = (*part, []), count + 1
+            children.append(branch)
+            if part[1] is None:
+                leaves += abs(part[0])
+            else:
+                heapq.heappush(heap, (-abs(part[0]), count, branch))
+                open_ += abs(part[0])
+    token = ["<start>", *(one_line(model.tok.decode([int(i)])) for i in ids[1:])]
+    lines = [f"{one_line(text)}  ->  `{one_line(model.tok.decode([int(first)]))}`, then "
+             f"`{one_line(model.tok.decode([int(second)]))}`: logits differ by {difference:.3f}",
+             f"{known:+8.3f}  bigram table and biases"]
+    amounts = defaultdict(list)  # [(amount, slope)] of each node that is printed
+    seen = set()
+
+    def shown(branches):  # (the large ones, largest first; the sum of the others)
+        large = [b for b in branches if abs(b[0]) >= 0.05 * abs(difference)
+                 and (b[1] is None or b[1] in named)]
+        return (sorted(large, key=lambda b: -abs(b[0])),
+                sum(b[0] for b in branches) - sum(b[0] for b in large))
+
+    def show(branches, depth, t):
+        large, rest = shown(branches)
+        for branch in large:
+            start, names, here = f"{branch[0]:+8.3f}  " + "  " * depth, [], t
+            while True:  # a chain of nodes with one large part each goes on one line
+                amount, node, slope, name, children = branch
+                if node:
+                    name = f"{node[0]}.{node[2]}"
+                    amounts[name].append((amount, slope))
+                    name += f" at `{token[node[1]]}`" * (node[1] != here)
+                    here = node[1]
+                if node in seen:
+                    names.append(name + ", as above")
+                    children = []
+                    break
+                seen.update([node] if node else [])
+                names.append(name)
+                parts, others = shown(children)
+                if len(parts) != 1 or abs(others) >= 0.05 * abs(difference):
+                    break
+                [branch] = parts
+            lines.append(start + " <- ".join(names))
+            show(children, depth + 1, here)
+        if abs(rest) >= 0.05 * abs(difference):
+            lines.append(f"{rest:+8.3f}  " + "  " * depth + "others")
+
+    show(tree, 0, last)
+    lines.append(f"not followed to its end: {open_ / (open_ + leaves):.0%} of all amounts, signs "
+                 "aside")
+    return lines + check(one, amounts, first, second, difference)
+
+
+def check(one, amounts, first, second, difference):
+    """Lines of text: how the amounts of nodes correlate with what their deletion takes away."""
+    model, cfg = one.model, one.model.cfg
+    means = prune.mean_activations(model, model.text)
+    prompt = sg.Prompts(one.ids[None], *(np.array([x]) for x in (
+        len(one.ids) - 1, int(first), int(second), 1)))
+    runner, rows = prune.PlainRunner(model, means, prompt), []
+    for name, parts in amounts.items():
+        n = prune.node_number(name, cfg)
+        taken = sum(amount - slope * means[n] for amount, slope in parts)
+        changed = prune.margins(runner.logits(prune.every_node(cfg).without([n])), prompt)[0]
+        rows.append((taken, difference - changed))
+    if len(rows) < 3:
+        return ["too few nodes to check"]
+    return [f"check: over these {len(rows)} nodes, amounts (beyond the nodes' means) and what "
+            "deleting each node alone",
+            f"takes away from the difference have a correlation of "
+            f"{np.corrcoef(*zip(*rows))[0, 1]:.2f}"]
