@@ -1285,7 +1285,8 @@ def make_parser():
             ("runs", int, "mask trainings in a search, 1 to 9 (default 1)"),
             ("seeds", int, "searches that are compared (default 2)")):
         parser.add_argument(f"--{name}", type=kind, help=text)
-    parser.add_argument("--answers", nargs=2, metavar="ANSWER", help="with --ask: the answers")
+    parser.add_argument("--answers", nargs=2, metavar="ANSWER",
+                        help="with --ask or --trace: the two to compare")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", metavar="FILE", help="compute a saved circuit's losses again")
     modes.add_argument("--explain", nargs="?", const="", metavar="PROMPT", help="print the values "
@@ -1340,7 +1341,7 @@ def check_folder(folder):
 
 
 # The flags that each mode looks at beside its own. It refuses the others.
-TAKES = dict(check={"model"}, trace={"model"}, explain={"task", "model", "out"},
+TAKES = dict(check={"model"}, trace={"model", "answers"}, explain={"task", "model", "out"},
              ask={"task", "model", "out", "answers"},
              set={"task", "model", "seed"}, ablate={"task", "model", "seed"})
 
@@ -1378,7 +1379,7 @@ def run(argv):
     elif mode == "ask":
         print("\n".join(ask.ask(circuit, model, given["ask"], given.get("answers"))))
     elif mode == "trace":
-        print("\n".join(trace.trace(model, given["trace"])))
+        print("\n".join(trace.trace(model, given["trace"], given.get("answers"))))
     elif mode in ("set", "ablate"):
         values = given.get("set", [(name, None) for name in given.get("ablate", ())])
         values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}

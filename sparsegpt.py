@@ -581,7 +581,7 @@ def keep_largest(w, k, j=0, axis=None):
     if j:
         rows = magnitude if axis == 0 else magnitude.T  # a view: a neuron a row
         rows[topk_mask(xp.ascontiguousarray(rows), j)] = math.inf
-    w *= topk_mask(magnitude.reshape(-1), k).reshape(w.shape)
+    w[...] = xp.where(topk_mask(magnitude.reshape(-1), k).reshape(w.shape), w, 0)
 
 
 def sparsify(name, w, step, cfg):
@@ -758,7 +758,7 @@ def draw_batch(streams, rng, n, n_ctx, idioms):
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
-FORMAT = "sparsegpt-3"  # the version of the checkpoint format
+FORMAT = "sparsegpt-4"  # the version of the checkpoint format
 
 
 class Model(NamedTuple):
@@ -777,7 +777,8 @@ def save(path, model):
     if not np.isfinite(flat).all():
         raise FloatingPointError("a weight is no longer finite: most likely --lr "
                                  f"{model.cfg.lr:g} is too high; {path} is as it was")
-    arrays = dict(format=FORMAT, config=json.dumps(dataclasses.asdict(model.cfg)), params=flat,
+    arrays = dict(format=FORMAT, config=json.dumps(dataclasses.asdict(model.cfg)),
+                  nonzero=np.packbits(flat != 0), values=flat[flat != 0],
                   merges=np.array(model.tok.merges, np.int32).reshape(-1, 2),
                   text=model.text.astype(np.uint16), **model.state)
     write = np.savez if model.state else np.savez_compressed  # quick, or small: most are zeros
@@ -798,14 +799,20 @@ def load(path):
             raise ValueError(f"it is not of this version, {FORMAT}; train the model again")
         cfg = Config(**json.loads(str(arrays.pop("config"))))
         tok = Tokenizer(arrays.pop("merges").reshape(-1, 2))
-        flat, text = arrays.pop("params"), arrays.pop("text").astype(np.int64)
+        flat, text = np.zeros(n_params(cfg), cfg.dtype), arrays.pop("text").astype(np.int64)
+        nonzero = np.unpackbits(arrays.pop("nonzero"), count=flat.size).view(bool)
+        values = arrays.pop("values")
+        if values.shape != (nonzero.sum(),) or values.dtype != cfg.dtype:
+            raise ValueError(f"params are {values.dtype} {list(values.shape)}, the config needs "
+                             f"{cfg.dtype} [{nonzero.sum()}]")
+        flat[nonzero] = values
         check_ids(text, cfg)
         if 257 + len(tok.merges) > cfg.vocab_size:
             raise ValueError("its tokenizer has more tokens than the model")
         for array in flat, arrays.get("m", flat), arrays.get("v", flat):
-            if array.shape != (n_params(cfg),) or array.dtype != cfg.dtype:
-                raise ValueError(f"params or moments are {array.dtype} {list(array.shape)}, the "
-                                 f"config needs {cfg.dtype} [{n_params(cfg)}]")
+            if array.shape != flat.shape or array.dtype != cfg.dtype:
+                raise ValueError(f"moments are {array.dtype} {list(array.shape)}, the config "
+                                 f"needs {cfg.dtype} [{flat.size}]")
             if not np.isfinite(array).all():
                 raise ValueError("params or moments are not finite")
     except FileNotFoundError as e:
@@ -1232,8 +1239,8 @@ def bench(cfg, n=15, log=print):
 # A plain dense model, as the paper's are, that ends within 2 % of the sparse default's validation
 # loss: see docs/results.md.
 DENSE = dict(d_model=64, density=1.0, afrac=1.0, lr=0.007, steps=7000, out="out/dense.npz")
-# The longest recipe for two cores, an hour and a quarter, with the smallest circuits.
-LONG = dict(afrac=1 / 4, batch_size=16, steps=26000, out="out/long.npz")
+# Five times the text, with smaller circuits and more tasks: see docs/defaults.md.
+LONG = dict(afrac=1 / 4, batch_size=32, steps=13000, out="out/long.npz")
 QUICK = dict(n_layer=1, d_model=64, density=1 / 8, afrac=1.0, lr=0.016, steps=1000,
              max_mb=0.3, out="out/quick.npz")
 PRESETS = dict(dense=DENSE, long=LONG, quick=QUICK)
@@ -1249,7 +1256,7 @@ def make_parser():
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
     presets.add_argument("--dense", action="store_true", help="a dense model of about equal loss")
     presets.add_argument("--long", action="store_true", help="five times the text, smaller "
-                         "circuits; 75 minutes")
+                         "circuits; 70 minutes")
     presets.add_argument("--quick", action="store_true", help="a tiny model, all done in seconds")
     modes = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
     for name, text in [("resume", "go on with the interrupted run of --out"),

@@ -896,15 +896,17 @@ class Payload:
     def __reduce__(self):  # pickled, it creates a file when it is loaded
         return open, ("payload-ran", "w")
 
-CONFIG, N_PARAMS = dataclasses.asdict(tiny()), sg.n_params(tiny())
+CONFIG, FIVE = dataclasses.asdict(tiny()), np.packbits(np.arange(sg.n_params(tiny())) < 5)
 
 @pytest.mark.parametrize("changes, said", [
-    *(({name: None}, name) for name in ("format", "params", "config", "merges", "text")),
+    *(({name: None}, name) for name in ("format", "nonzero", "values", "config", "merges",
+                                         "text")),
     (dict(format="sparsegpt-0"), "not of this version"),
     (dict(text=np.full((4, 8), 280)), "token ids"),
     (dict(text=np.zeros((4, 9))), "ids must be"), (dict(m=np.zeros(5)), "moments"),
-    (dict(params=np.zeros(5)), "params"), (dict(params=np.full(N_PARAMS, np.nan)), "finite"),
-    (dict(params=np.zeros(N_PARAMS, "f4")), "float32"),
+    *((dict(values=values, nonzero=FIVE), said) for values, said in [
+        (np.zeros(4), "params"), (np.zeros(1), "params"), (np.full(5, np.nan), "finite"),
+        (np.zeros(5, "f4"), "float32")]),
     *((dict(config=json.dumps({**CONFIG, name: value})), said) for name, value, said in [
         ("d_head", 5, "d_head"), ("unknown", 5, "unknown"), ("n_layer", 1, "params"),
         ("n_layer", "2", "n_layer")]),
@@ -913,7 +915,7 @@ CONFIG, N_PARAMS = dataclasses.asdict(tiny()), sg.n_params(tiny())
     (dict(merges=np.arange(3)), "model.npz"), (dict(merges=np.array([[0.5, 1e9]])), "model.npz"),
     (dict(merges=np.array([[97, 97]] * 99)), "tokenizer"),
     *(({name: np.array([Payload()], object)}, "allow_pickle")
-      for name in ("format", "params", "config", "merges", "text", "more"))])
+      for name in ("format", "values", "config", "merges", "text", "more"))])
 def test_a_checkpoint_that_does_not_fit_is_refused(changes, said):
     """Pickles are not loaded."""
     np.savez("model.npz", **edited(**changes))
@@ -1007,7 +1009,8 @@ def test_the_whole_path_runs(prose, n_ctx, idioms, capsys, monkeypatch):
     monkeypatch.setattr(sg, "evaluate_tasks", functools.partial(sg.evaluate_tasks, n=3))
     monkeypatch.setattr(sg, "IDIOM_BYTES", 30_000)
     outs = []
-    for line in flags(n_ctx=n_ctx, idioms=idioms), ["--sample=def f(", "--out=model.npz"], [*flags(), "--bench"]:
+    for line in (flags(n_ctx=n_ctx, idioms=idioms), ["--sample=def f(", "--out=model.npz"],
+                 [*flags(), "--bench"]):
         status, out, err = run_main(capsys, *line)
         assert (status, err) == (0, "")
         outs.append(out)
@@ -1970,7 +1973,8 @@ def test_tasks_of_ones_own_are_listed_and_searched(brief, capsys, monkeypatch):
     assert (status, err) == (0, "") and re.search("(?m)^mine .* - +-$", out)
     with pytest.raises(sg.UserError, match="only 1 different"):
         tasks.pairs("mine", 2)
-    assert re.search("(?m)^cue .* nodes, .* edges$", out) and tasks.added == [os.path.abspath("own.py")]
+    assert re.search("(?m)^cue .* nodes, .* edges$", out)
+    assert tasks.added == [os.path.abspath("own.py")]
     for name, said in (("none", "no function"), ("known", "already"), ("broken", "division"),
                        ("gone", "No such file")):
         assert_refused(capsys, said, *line.split(), f"{name}.py", main=prune.main)

@@ -23,14 +23,14 @@ def listing(circuit, verbose=False):
     """A circuit as text: task, size, losses, checks, then its nodes and edges in the order of
     computation. verbose: all stages, checks and nodes, and tokens with high and low values."""
     r, size, example = circuit.record, circuit.record["size"], circuit.record["example"]
-    lines = [f"{circuit.task}: {r['doc']}"]
+    lines = textwrap.wrap(f"{circuit.task}: {r['doc']}", 99, subsequent_indent="    ")
     lines += [f"    {''.join(tokens[1:])}  ->  {answer}"
               for tokens, answer in zip(example["prompts"], example["answers"])]
     lines += ["", "{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
               "Ranking by attribution needs ".format(**size)
               + "{nodes:,} and {edges:,}.".format(**r["attribution"]),
-              "Not counted: biases, {embed} embeddings of tokens that differ within a pair, "
-              "{unembed} unembeddings of answers.".format(**size), "",
+              "Not counted: biases, {embed} embeddings of tokens that differ in a pair, {unembed} "
+              "unembeddings of answers.".format(**size),
               f"{'loss in nats':<14} {'search prompts':^26}   {'held-out prompts':^26}",
               f"{'':<14}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
     for key, name in (("full", "full model"), ("circuit", "circuit")):
@@ -101,7 +101,7 @@ def packed(items, wide=99):
     return lines
 
 
-def blocks(record, verbose, most=8):
+def blocks(record, verbose, most=6):
     """[[line]]: a block for each head and node of a circuit in the order of computation; of a
     node's embeddings at most the `most` heaviest. Without verbose, nodes of less than a tenth of
     the largest importance are one block."""
@@ -139,8 +139,7 @@ def blocks(record, verbose, most=8):
         tokens = " | ".join(dict.fromkeys(p[-back] for p in record["example"]["prompts"]))
         block = [f"{name:<16} importance {node['importance']:6.3f}   values "
                  f"{values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
-        for side in before[name], after[name]:
-            block += packed(side)
+        block += packed(before[name] + after[name])
         if verbose:
             bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"
             block.append(f"    bias and frozen inputs {bias}, mean {node['mean']:+.3f}")
@@ -152,7 +151,7 @@ def blocks(record, verbose, most=8):
         out.append([f"and {len(minor)} nodes of less than a tenth of the largest importance"])
         groups = [g for g in record["groups"] if len(g["nodes"]) > 1]
         out[-1] += [f"    {len(g['nodes'])} of them, connected, have together {g['effect']:.3f}"
-                    for g in sorted(groups, key=lambda g: -g["effect"])]
+                    for g in sorted(groups, key=lambda g: -g["effect"])[:3]]
     return out
 
 

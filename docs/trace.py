@@ -1,6 +1,7 @@
-"""Which paths through a model's nonzero weights make it prefer its top token? No task, no search:
+"""Which paths through a model's nonzero weights make it prefer a token? No task, no search:
 
-    python prune.py --trace 'x = f("hello'
+    python prune.py --trace 'x = f("hello'                           # its top token, the runner-up
+    python prune.py --trace 'print("hello' --answers '")' "')"       # or two answers
 
 The difference of the logits of the top token and the runner-up is taken apart from the logits
 back: weight x value x what the node's value is multiplied by further on. What is not linear is
@@ -84,14 +85,22 @@ class Prompt:
         return out + [(slope * b[c], None, 0, "bias")]
 
 
-def trace(model, text, share=0.8, most=60):
+def trace(model, text, answers=None, share=0.8, most=60):
     """Lines of text: the tree of paths, largest first, until it holds `share` of all amounts,
-    signs aside, or has `most` nodes; and a check of it by deleting its nodes one at a time."""
-    ids = np.array([model.tok.EOT, *model.tok.encode(text)])
+    signs aside, or has `most` nodes; and a check of it by deleting its nodes one at a time.
+    answers: two to compare in place of the top token and the runner-up. Raises UserError on an
+    unusable prompt."""
+    ids, two = [model.tok.EOT, *model.tok.encode(text)], None
+    if answers:
+        try:
+            ids, *two = prune.tasks.deciding_tokens(model.tok, text, *answers)
+        except ValueError as e:
+            raise sg.UserError(f"--trace: {e}") from e
+    ids = np.array(ids)
     if len(ids) > model.cfg.n_ctx:
         raise sg.UserError(f"--trace: {len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
     one, last = Prompt(model, ids), len(ids) - 1
-    first, second = np.argsort(-one.logits)[:2]
+    first, second = two or np.argsort(-one.logits)[:2]
     head = one.p["head.w"][:, first] - one.p["head.w"][:, second]
     difference = one.logits[first] - one.logits[second]
     tree = [(head[c] * one.value["final"][last, c], ("final", last, c), head[c], "", [])
@@ -114,8 +123,8 @@ def trace(model, text, share=0.8, most=60):
                 heapq.heappush(heap, (-abs(part[0]), count, branch))
                 open_ += abs(part[0])
     token = ["<start>", *(one_line(model.tok.decode([int(i)])) for i in ids[1:])]
-    lines = [f"{one_line(text)}  ->  `{one_line(model.tok.decode([int(first)]))}`, then "
-             f"`{one_line(model.tok.decode([int(second)]))}`: logits differ by {difference:.3f}",
+    lines = [f"{one_line(text)}  ->  `{one_line(model.tok.decode([int(first)]))}` less "
+             f"`{one_line(model.tok.decode([int(second)]))}`: logits differ by {difference:+.3f}",
              f"{known:+8.3f}  bigram table and biases"]
     amounts = defaultdict(list)  # [(amount, slope)] of each node that is printed
     seen = set()
