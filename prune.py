@@ -870,7 +870,7 @@ def fingerprint(model):
     config = {**dataclasses.asdict(model.cfg), "threads": 0, "out": ""}
     digest = hashlib.sha256(json.dumps([config, model.tok.merges]).encode())
     for name in sg.shapes(model.cfg):
-        digest.update(sg.to_host(model.params[name]).tobytes())
+        digest.update((sg.to_host(model.params[name]) + 0).tobytes())  # a file has no -0
     return digest.hexdigest()[:16]
 
 

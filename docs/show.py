@@ -394,8 +394,10 @@ def summary_page(rows):
     text = html.escape(summary(rows))
     for name in (circuit.task for circuit in found):
         text = text.replace(f"\n{name} ", f'\n<a href="#{name}">{name}</a> ')
+    drawn = {c.task: picture(c.record) if len(c.nodes) <= 120 else "<p>Too large to be seen here."
+             for c in found}
     return document("Circuits", f"<pre>{text}</pre>", *(
-        f'<h2 id="{c.task}">{c.task}</h2><p>{visible(c.record["doc"])}</p>{picture(c.record)}'
+        f'<h2 id="{c.task}">{c.task}</h2><p>{visible(c.record["doc"])}</p>{drawn[c.task]}'
         for c in found))
 
 
