@@ -19,6 +19,12 @@ def one_line(text, space=" "):
 
 # ---- text ---------------------------------------------------------------------------------------
 
+LEGEND = """<-, -> edges with weights; == the same channel of the residual stream. Deleted: frozen
+at the mean over training text. importance: the loss if this node is deleted too, less the
+circuit's. values: on the two prompts, at the token (counted from the end) where they differ most;
+of final at the last token."""
+
+
 def listing(circuit, verbose=False):
     """A circuit as text: task, size, losses, checks, then its nodes and edges in the order of
     computation. verbose: all stages, checks and nodes, and tokens with high and low values."""
@@ -26,21 +32,20 @@ def listing(circuit, verbose=False):
     lines = textwrap.wrap(f"{circuit.task}: {r['doc']}", 99, subsequent_indent="    ")
     lines += [f"    {''.join(tokens[1:])}  ->  {answer}"
               for tokens, answer in zip(example["prompts"], example["answers"])]
-    lines += ["", "{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
-              "Ranking by attribution needs ".format(**size)
-              + "{nodes:,} and {edges:,}.".format(**r["attribution"]),
-              "Not counted: biases, {embed} embeddings of tokens that differ in a pair, {unembed} "
-              "unembeddings of answers.".format(**size),
+    lines += ["{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
+              "By attribution, ".format(**size)
+              + "{nodes:,} and {edges:,} reach the target.".format(**r["attribution"]),
               f"{'loss in nats':<14} {'search prompts':^26}   {'held-out prompts':^26}",
-              f"{'':<14}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
+              f"{'':<14}" + f" {'2 tokens':>8} {'all':>8} {'accuracy':>8}  " * 2]
     for key, name in (("full", "full model"), ("circuit", "circuit")):
         scores = (r["losses"][key][split] for split in ("search", "held"))
         lines.append(f"{name:<14}" + "".join(
             f" {s['binary']:8.4f} {s['full']:8.4f} {s['accuracy']:8.1%}  " for s in scores))
-    lines += [f"The target, {circuit.settings.target:g}, is for the circuit's binary loss on the "
-              f"search prompts. Chance is {math.log(2):.3f}.", ""]
+    lines.append(f"{'target, chance':<14} {circuit.settings.target:8.4f} {math.log(2):8.4f}")
     if verbose:
-        lines += ["search" + f"{'nodes':>25} {'edges':>8} {'loss':>8}"]
+        lines += ["not counted: biases, {embed} embeddings of tokens that differ in a pair, "
+                  "{unembed} unembeddings of answers".format(**size), "",
+                  "search" + f"{'nodes':>25} {'edges':>8} {'loss':>8}"]
         lines += [f"    {s['stage']:<20} {s['nodes']:>6,} {s['edges']:>8,} {s['loss']:8.4f}"
                   for s in r["stages"]]
         marks = {True: "passed", False: "FAILED", None: "-"}
@@ -49,10 +54,7 @@ def listing(circuit, verbose=False):
     else:
         lines += textwrap.wrap(check_line(r["checks"]), 99, subsequent_indent="    ")
         lines += textwrap.wrap(control_line(r["checks"]), 99, subsequent_indent="    ")
-    lines += ["", "<- and -> are edges with their weights, == is the same channel of the residual "
-              "stream.", "importance: the loss if the node alone is deleted, less the circuit's. "
-              "values: on the two",
-              "prompts above, at the token (counted from the end) where they differ most."]
+    lines += ["", *textwrap.wrap(LEGEND, 99)]
     return "\n".join(lines) + "\n\n" + ("\n\n" if verbose else "\n").join(
         "\n".join(block) for block in blocks(r, verbose))
 
@@ -101,7 +103,7 @@ def packed(items, wide=99):
     return lines
 
 
-def blocks(record, verbose, most=6):
+def blocks(record, verbose, most=3):
     """[[line]]: a block for each head and node of a circuit in the order of computation; of a
     node's embeddings at most the `most` heaviest. Without verbose, nodes of less than a tenth of
     the largest importance are one block."""
@@ -125,17 +127,19 @@ def blocks(record, verbose, most=6):
     for node in record["nodes"]:
         name, values = node["name"], record["example"]["values"][node["name"]]
         if h := heads.get(name):
-            out.append([f"{h['name']}  {h['overlap']:.0%} of its attention as in the full model"])
-            out[-1] += [f"    at the end of prompt {i} it looks at " + ", ".join(
-                f"{t} {w:.2f}" for t, w in a["to"]) for i, a in enumerate(h["attends"], 1)]
+            fixed = "" if any(".q." in n for n in h["nodes"]) else "; its queries are constant"
+            out.append([f"{h['name']}  {h['overlap']:.0%} of its attention is where the full "
+                        f"model's is{fixed}"])
+            out[-1] += packed(f"end of prompt {i}: looks at " + ", ".join(
+                f"{t} {w:.2f}" for t, w in a["to"][:3]) for i, a in enumerate(h["attends"], 1))
             if verbose:
                 sink = "none" if h["sink"] is None else f"{h['sink']:+.2f}"
                 out[-1].append(f"    logits: sink {sink}" + "".join(
                     f", {d} back {x:+.2f}" for d, x in h["distances"]))
         if name in minor and not verbose:
             continue
-        back = max(range(1, 1 + min(map(len, values))),
-                   key=lambda t: abs(values[0][-t] - values[1][-t]))
+        back = 1 if name.startswith("final") else max(
+            range(1, 1 + min(map(len, values))), key=lambda t: abs(values[0][-t] - values[1][-t]))
         tokens = " | ".join(dict.fromkeys(p[-back] for p in record["example"]["prompts"]))
         block = [f"{name:<16} importance {node['importance']:6.3f}   values "
                  f"{values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
@@ -148,7 +152,7 @@ def blocks(record, verbose, most=6):
                 for kind, side in itertools.product(("task", "text"), ("high", "low"))]
         out.append(block)
     if minor and not verbose:
-        out.append([f"and {len(minor)} nodes of less than a tenth of the largest importance"])
+        out.append([f"and {len(minor)} of less than a tenth of the largest importance"])
         groups = [g for g in record["groups"] if len(g["nodes"]) > 1]
         out[-1] += [f"    {len(g['nodes'])} of them, connected, have together {g['effect']:.3f}"
                     for g in sorted(groups, key=lambda g: -g["effect"])[:3]]
