@@ -2,7 +2,7 @@
 
 Source: Gao et al., arXiv 2511.13653 (2025), "the paper", sections 2.2 and A.5.
 
-    python prune.py single_double_quote     # after python sparsegpt.py; about a minute
+    python prune.py single_double_quote     # of out/sparse.npz, else of docs/long.npz; 85 seconds
     python prune.py all                     # every task, and circuits/summary.html
 
 A *node* is one channel at one of a block's eight hook points (sites), or of the final normalized
@@ -760,10 +760,10 @@ def importance(task, mask):
     return {int(n): task.loss(mask.without([n])) - loss for n in np.flatnonzero(mask.nodes)}
 
 
-def minor_groups(task, mask):
+def minor_groups(task, mask, effect):
     """The nodes of less than a tenth of the largest importance, in connected groups, [[node]]: by
-    an edge, a channel of the residual stream, or a head."""
-    cfg, model, effect = task.model.cfg, task.model, importance(task, mask)
+    an edge, a channel of the residual stream, or a head. effect: their `importance`."""
+    cfg, model = task.model.cfg, task.model
     minor = {n for n in effect if effect[n] < 0.1 * max(effect.values())}
     links = residual_links(mask, cfg)
     for name, i, j in edge_list(kept_edges(mask, model.params, cfg)):
@@ -856,7 +856,8 @@ def clean(task, mask, stage, progress):
         size = task.size(mask)
         mask = delete_greedily(mask, nodes_and_edges, task.loss, target, progress,
                                "cleaning edges", loss_without)
-        for group in (disconnected_nodes(mask, model, task.pool), *minor_groups(task, mask)):
+        groups = minor_groups(task, mask, importance(task, mask))
+        for group in (disconnected_nodes(mask, model, task.pool), *groups):
             if len(group) and task.loss(mask.without(group)) <= target:
                 mask = mask.without(group)
     stage("edges cleaned", mask)
@@ -1137,11 +1138,11 @@ def describe(context, task, found):
         attention, check_seeds(found, mask)]
     groups = [dict(nodes=[node_name(n, cfg) for n in group],
                    effect=task.loss(mask.without(group)) - task.loss(mask))
-              for group in minor_groups(task, mask)]
+              for group in minor_groups(task, mask, effect)]
     links = readings.connections(model, mask, task.pool)
     numbers = *size, *task.size(every_node(cfg)), len(links["embed"]), len(links["unembed"])
     return Circuit(task.name, s, mask, dict(
-        links, doc=tasks.TASKS[task.name].__doc__.splitlines()[0],
+        links, doc=(tasks.TASKS[task.name].__doc__ or task.name).splitlines()[0],
         model=dict(path=cfg.out, fingerprint=context.fingerprint, config=dataclasses.asdict(cfg)),
         size=dict(zip(("nodes", "edges", "model_nodes", "model_edges", "embed", "unembed"),
                       numbers)),
@@ -1202,11 +1203,11 @@ def load(path):
         raise sg.UserError(f"{path} is damaged or not a circuit ({type(e).__name__}: {e})") from e
 
 
-def verify(circuit, model):
+def verify(circuit, context):
     """Compute every loss of a circuit again. Returns a line for each that differs from the file by
     more than 1e-4; rounding differs between machines."""
-    frozen = ModelContext(model, circuit.settings.ablation).frozen
-    again = losses(PruningTask(model, frozen, circuit.task, circuit.settings), circuit.mask)
+    task = PruningTask(context.model, context.frozen, circuit.task, circuit.settings)
+    again = losses(task, circuit.mask)
     return [f"{which}, {split} prompts, {name}: the file says {old}, the model gives {new}"
             for which, by_split in circuit.record["losses"].items()
             for split, score in by_split.items() for name, old in score.items()
@@ -1221,13 +1222,13 @@ def save_drawings(path, circuit):
 
 # ---- command line -------------------------------------------------------------------------------
 
-def finish(folder, circuit, model):
+def finish(folder, circuit, context):
     """Save a circuit and its drawings. Returns the circuit as read back from its file. Raises
     UserError if that does not reproduce its losses."""
     path = Path(folder, f"{circuit.task}.json")
     save(path, circuit)
     saved = load(path)
-    if wrong := verify(saved, model):
+    if wrong := verify(saved, context):
         raise sg.UserError(f"{path} does not reproduce its losses: {wrong[0]}")
     save_drawings(path, saved)
     return saved
@@ -1248,7 +1249,7 @@ def prune_one(context, settings, folder, seeds, task):
             save_drawings(path, circuit)  # the earlier run may have been stopped before it drew
         else:
             circuit = prune(context.model, task, settings, context, seeds, shown=False)
-            circuit = finish(folder, circuit, context.model)
+            circuit = finish(folder, circuit, context)
     except CannotPrune as e:
         return task, None, f"not pruned: {e}"
     size = circuit.record["size"]
@@ -1370,7 +1371,7 @@ def run(argv):
     if circuit and task not in (None, circuit.task):
         raise sg.UserError(f"{path} is a circuit of {circuit.task}")
     if mode == "check":
-        wrong = verify(circuit, model)
+        wrong = verify(circuit, ModelContext(model, circuit.settings.ablation))
         print("\n".join(wrong or [f"{path}: every loss is reproduced"]))
         return int(bool(wrong))
     if mode == "explain":
@@ -1397,7 +1398,7 @@ def run(argv):
             prune_all(context, settings, folder, seeds, workers)
         else:
             circuit = prune(model, task, settings, context, seeds, workers=workers)
-            circuit = finish(folder, circuit, model)
+            circuit = finish(folder, circuit, context)
             print(listing(circuit, "verbose" in given))
             flags = {name: f" --{name} {shlex.quote(given[name])}"
                      for name in ("model", "out") if name in given}

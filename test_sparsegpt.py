@@ -338,6 +338,12 @@ def check_model(data, seed, **fixed):
 def test_gradient_of_every_parameter_is_the_derivative_of_the_loss(backend):
     check_model()
 
+def test_a_third_activation_trains(prose, monkeypatch):
+    """Config takes its name from the table, and a checkpoint keeps it."""
+    monkeypatch.setitem(sg.ACTIVATIONS, "square", lambda x: (x * x, 2 * x))
+    sg.train(tiny(act="square", steps=2), log=quiet)
+    assert sg.load("model.npz").cfg.act == "square"
+
 def overwrite_rows(ids, rows, V):  # wrong: rows that share an id should add up
     out = np.zeros((V, rows.shape[1]))
     out[ids] = rows
@@ -429,6 +435,16 @@ def hooked_grads(params, ids, cfg, cotangent, hook=None, positions=None, weights
     """Logits and the gradients of sum(cotangent * logits)."""
     logits, cache = sg.forward(on_device(params), ids, cfg, hook, positions)
     return host(logits), sg.backward(dev(cotangent), cache, cfg, weights)
+
+@given(cfg=configs(batch_size=3), seed=SEEDS, data=st.data())
+def test_a_logit_depends_on_its_own_row_up_to_its_token_alone(backend, cfg, seed, data):
+    """Bit for bit; and it does depend on its token."""
+    params, ids, _ = drawn(cfg, seed)
+    at, other = data.draw(st.integers(0, cfg.n_ctx - 1)), ids.copy()
+    other[0, at] = (other[0, at] + 1) % cfg.vocab_size
+    one, two = logits_of(params, ids, cfg), logits_of(params, other, cfg)
+    assert np.array_equal(one[0, :at], two[0, :at]) and np.array_equal(one[1:], two[1:])
+    assert (one[0, at] != two[0, at]).any()
 
 @given(cfg=configs(), seed=SEEDS, data=st.data())
 def test_a_hook_and_positions_change_nothing(backend, cfg, seed, data):
@@ -1461,7 +1477,8 @@ def test_a_task_that_needs_no_node_has_an_empty_circuit(cues, monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "trivial", functools.partial(cue, form="{junk}{cue}"))
     model = wired(bigram=True)
     model.params["bigram"][[ord("<"), ord(">")], [ord("x"), ord("y")]] = 30
-    circuit = prune.finish("circuits", prune.prune(model, "trivial", FEW), model)
+    circuit = prune.finish(
+        "circuits", prune.prune(model, "trivial", FEW), prune.ModelContext(model))
     assert (circuit.record["size"]["nodes"], circuit.record["size"]["edges"]) == (0, 0)
     page("circuits/trivial.html")
     json.loads(Path("circuits/trivial.json").read_text(), parse_constant=pytest.fail)  # no NaN
@@ -1671,11 +1688,13 @@ def test_a_circuit_file_gives_back_the_circuit_and_its_losses(cues, capsys, monk
     two, model = prune.load("circuits/cue.json"), prune.load_model("model.npz")
     assert (two.task, two.settings) == ("cue", one.settings)
     assert named(two.mask, model) == named(one.mask, model)
-    assert two.record == json.loads(json.dumps(one.record)) and prune.verify(two, model) == []
+    context = prune.ModelContext(model, two.settings.ablation)
+    assert two.record == json.loads(json.dumps(one.record)) and prune.verify(two, context) == []
     less = two.mask.without([("h0.attn.wo", 0, 1)])
     zero = dataclasses.replace(two.settings, ablation="zero")
     for changed in (dict(mask=less), dict(settings=zero)):
-        assert prune.verify(dataclasses.replace(two, **changed), model)
+        other = dataclasses.replace(two, **changed)
+        assert prune.verify(other, prune.ModelContext(model, other.settings.ablation))
     two.record["losses"]["circuit"]["held"]["full"] += 0.01
     prune.save("circuits/cue.json", two)
     out = ran(capsys, "--check circuits/cue.json --model model.npz", status=1)
@@ -1923,11 +1942,13 @@ def test_importance_is_what_deletion_costs_and_no_group_can_go(cues):
     assert [node["importance"] for node in circuit.record["nodes"]] == list(effect.values())
     mask = circuit.mask._replace(nodes=np.ones_like(circuit.mask.nodes), edges=None)
     for one in circuit.mask, mask:
-        effect, groups = prune.importance(task, one), prune.minor_groups(task, one)
+        effect = prune.importance(task, one)
+        groups = prune.minor_groups(task, one, effect)
         minor = [n for n in effect if effect[n] < 0.1 * max(effect.values())]
         assert sorted(sum(groups, [])) == minor
     assert len(groups) < len(minor)  # in the whole network some are connected
-    for group in prune.minor_groups(task, circuit.mask):
+    effect = prune.importance(task, circuit.mask)
+    for group in prune.minor_groups(task, circuit.mask, effect):
         assert task.loss(circuit.mask.without(group)) > task.settings.target
 
 @given(cfg=configs(), seed=SEEDS)
@@ -1965,7 +1986,7 @@ def test_tasks_of_ones_own_are_listed_and_searched(brief, capsys, monkeypatch):
     """A file adds its functions of one argument; worker processes know them too."""
     monkeypatch.setattr(tasks, "added", [])
     write_circuit()
-    write({"own.py": b"import math\ndef _no(w): pass\ndef mine(w):\n    '''Mine.'''\n"
+    write({"own.py": b"import math\ndef _no(w): pass\ndef mine(w):\n"
                      b"    return ('if a', ' =', ''), ('a', ' +', '')\n",
            "none.py": b"x = 1\n", "known.py": b"def cue(w): pass\n", "broken.py": b"1 / 0\n"})
     line = "--model model.npz --tasks"
