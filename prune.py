@@ -28,24 +28,25 @@ import math
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
-import tempfile
-import threading
 import time
 from collections import defaultdict
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import tasks
+
+tasks.end_quietly(__name__)
 import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
 import numpy as np
 
-import tasks
 from docs import ask, readings, show, trace
+from docs import record as records
 from docs.show import explain, listing
 
-FORMAT = "sparsegpt-circuit-3"  # the version of a circuit's file
+FORMAT = "sparsegpt-circuit-4"  # the version of a circuit's file
 
 
 # ---- nodes and edges ----------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def node_number(name, cfg):
     """The number of the node with a name. Raises UserError if the model has no such node."""
     site, _, channel = name.rpartition(".")
     part = node_slices(cfg).get(site)
-    if part is None or not channel.isdecimal() or int(channel) >= part.stop - part.start:
+    if part is None or channel not in map(str, range(part.stop - part.start)):
         raise sg.UserError(f"no node {name!r}; a node is a site and a channel, as in h0.neuron.17 "
                            f"or final.3; the sites are {', '.join(node_slices(cfg))}")
     return part.start + int(channel)
@@ -88,8 +89,7 @@ def node_number(name, cfg):
 def nodes_named(name, cfg):
     """The node of a name as [number]; of a head, as h1.head.5, its q, k and v channels."""
     block, _, head = name.partition(".head.")
-    if head.isdecimal() and f"{block}.q" in node_slices(cfg) and len(head) < 9 and (
-            int(head) < cfg.d_model // cfg.d_head):
+    if f"{block}.q" in node_slices(cfg) and head in map(str, range(cfg.d_model // cfg.d_head)):
         return head_nodes(every_node(cfg), cfg, block, int(head))
     return [node_number(name, cfg)]
 
@@ -528,7 +528,7 @@ def agree(task):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a search."""
+    """What decides a search. Raises UserError on a wrong value."""
     target: float = 0.15     # binary loss in nats that the circuit may have
     ablation: str = "mean"   # what deleted nodes are frozen at: mean, zero, or resample
     runs: int = 1            # mask trainings; one more if those fell just short
@@ -536,6 +536,17 @@ class Settings:
     pairs: int = 8           # prompt pairs a step
     search_pairs: int = 64   # pairs that the loss is measured on; masks see twice as many
     seed: int = 0
+
+    def __post_init__(self):
+        if self.ablation not in ("mean", "zero", "resample"):
+            raise sg.UserError(f"ablation must be mean, zero or resample, not {self.ablation!r}")
+        for name, low, high in (("target", 0.0001, 0.69), ("runs", 1, 9), ("steps", 1, 100_000),
+                                ("pairs", 1, 1000), ("search_pairs", 1, 1000),
+                                ("seed", 0, 1 << 31)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float) if name == "target" else int) or (
+                    not low <= value <= high):  # nor is NaN
+                raise sg.UserError(f"--{name} must be from {low} to {high}, not {value!r}")
 
 
 # k_coef (loss per node kept), rate and temperature of the runs, in the order of their use.
@@ -570,9 +581,9 @@ class Progress:
 class PruningTask:
     """A model and a task to find circuits for: the prompts, and the values of deleted nodes.
 
-    Masks are learned on `pool`. Losses are measured on `judged`, the first half of it. Held-out
-    prompts are not here: nothing is ever chosen by them. labels: see `make_prompts`. Where the
-    settings ask for that, deleted nodes are resampled from the model's text.
+    Masks are learned on `pool`. Losses are measured on `judged`, the first half of it. Nothing is
+    chosen by the held-out prompts. labels: see `make_prompts`. Where the settings ask for that,
+    deleted nodes are resampled from the model's text.
     """
 
     def __init__(self, model, frozen, name, settings, labels="true"):
@@ -582,6 +593,7 @@ class PruningTask:
                                  labels=labels)
         n = len(self.pool.last)
         self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
+        self.held = make_prompts(model, name, settings.search_pairs, settings.seed, "held")
         self.runner = FastRunner(model, frozen, self.judged) if self.text is None else (
             PlainRunner(model, frozen, self.judged, self.text,
                         np.random.default_rng(settings.seed)))
@@ -892,7 +904,7 @@ class ModelContext:
     by node."""
 
     def __init__(self, model, ablation="mean"):
-        self.model, self.fingerprint = model, fingerprint(model)
+        self.model, self.ablation, self.fingerprint = model, ablation, fingerprint(model)
         self.frozen = np.zeros(n_nodes(model.cfg), model.cfg.dtype) if ablation == "zero" else (
             mean_activations(model, model.text))
 
@@ -922,7 +934,8 @@ class Circuit:
 
 
 def on_cores(fn, items, workers):
-    """fn(item) of every item as they are done, in `workers` processes.
+    """fn(item) of every item as they are done, in `workers` processes. Raises UserError if these
+    end too early.
 
     Processes, not threads: the arrays are so small that the interpreter's lock would leave a
     second thread nearly nothing to do. One worker, and a GPU, stay in this process.
@@ -931,25 +944,30 @@ def on_cores(fn, items, workers):
         yield from map(fn, items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
-    try:  # Ctrl-C is for the main process: the others ignore it from their start
-        pool = context.Pool(min(workers, len(items)), start_worker, [tasks.added])
+    pool = futures.ProcessPoolExecutor(min(workers, len(items)), context, start_worker,
+                                       [tasks.added])
+    before = set(multiprocessing.active_children())
+    try:
+        with tasks.signals_blocked():  # by the workers too, which begin here: they are for us
+            jobs = [pool.submit(fn, item) for item in items]
+        for job in futures.as_completed(jobs):
+            yield job.result()
+    except futures.process.BrokenProcessPool as e:
+        raise sg.UserError(
+            "a worker process ended before its work was done; a script that uses workers must be "
+            'a file, with all that it does under if __name__ == "__main__"') from e
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        raise
     finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, before)
-    with pool:  # its end stops all of them, in the middle of their work if need be
-        yield from pool.imap_unordered(fn, items)
-        # Now they end by themselves: a signal just before a worker waits would be lost.
-        pool.close()
-        pool.join()
+        pool.shutdown(cancel_futures=True)
 
 
 def start_worker(added):
     """What a worker process does first. added: files with tasks of one's own."""
     for path in added:
         tasks.load(path)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it removes its temporary file
     sg.keep_freed_memory()
 
 
@@ -967,9 +985,11 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, sh
     is reported, the others are compared with it. workers: processes for the independent searches;
     the result is the same. shown: whether progress is. checks: without, the controls and other
     seeds are left out, which takes a fifth of the time. Raises CannotPrune if the model cannot do
-    the task or no circuit reaches the target, UserError on an unknown task.
+    the task or no circuit reaches the target, UserError on an unknown task or another context.
     """
     context = context or ModelContext(model, settings.ablation)
+    if (context.fingerprint, context.ablation) != (fingerprint(model), settings.ablation):
+        raise sg.UserError("the context is of another model, or of another ablation")
     task = PruningTask(model, context.frozen, name, settings)
     if (full := task.full_loss()) > settings.target:
         raise CannotPrune(f"the full model's loss on {name} is {full:.3f}, over the target of "
@@ -1101,9 +1121,8 @@ def check_attention(task, mask):
 def losses(task, mask):
     """{"full" | "circuit": {"search" | "held": sparsegpt.Score as a dict}}: every printed loss, by
     PlainRunner, on the prompts of the search and on held-out ones."""
-    s, out = task.settings, defaultdict(dict)
-    held = make_prompts(task.model, task.name, s.search_pairs, s.seed, "held")
-    for split, prompts in (("search", task.judged), ("held", held)):
+    out = defaultdict(dict)
+    for split, prompts in (("search", task.judged), ("held", task.held)):
         runner = PlainRunner(task.model, task.frozen, prompts)
         for name, which in (("full", every_node(task.model.cfg)), ("circuit", mask)):
             out[name][split] = sg.score(runner.logits(which), prompts)._asdict()
@@ -1142,7 +1161,8 @@ def describe(context, task, found):
     links = readings.connections(model, mask, task.pool)
     numbers = *size, *task.size(every_node(cfg)), len(links["embed"]), len(links["unembed"])
     return Circuit(task.name, s, mask, dict(
-        links, doc=(tasks.TASKS[task.name].__doc__ or task.name).splitlines()[0],
+        links, doc=tasks.title(task.name),
+        prompts={"search": len(task.judged.last), "held": len(task.held.last)},
         model=dict(path=cfg.out, fingerprint=context.fingerprint, config=dataclasses.asdict(cfg)),
         size=dict(zip(("nodes", "edges", "model_nodes", "model_edges", "embed", "unembed"),
                       numbers)),
@@ -1175,12 +1195,16 @@ def save(path, circuit):
 def load(path):
     """The Circuit in a file. Raises UserError if it is missing, damaged, or not a circuit."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a device may never end
+            raise ValueError("it is not a file")
         record = json.loads(Path(path).read_text("utf-8", "surrogatepass"))
         if record.pop("sha256") != digest(record):
             raise ValueError("its content does not match its checksum")
         if record.pop("format") != FORMAT:
             raise ValueError("it is of another version")
         cfg = sg.Config(**record["model"]["config"])
+        if dataclasses.asdict(cfg) != record["model"]["config"] or sg.n_params(cfg) > 1 << 30:
+            raise ValueError("its model's config is incomplete or too large")
         nodes = np.zeros(n_nodes(cfg), bool)
         nodes[[node_number(node["name"], cfg) for node in record["nodes"]]] = True
         edges = {name: np.zeros(sg.shapes(cfg)[name], bool) for name in matrices(cfg)}
@@ -1192,7 +1216,9 @@ def load(path):
             edges[name][i - m.source.start, j - m.target.start] = True
         circuit = Circuit(record.pop("task"), Settings(**record.pop("settings")),
                           CircuitMask(nodes, edges), record)
-        listing(circuit), explain(record["example"])  # what cannot be printed is damaged
+        if not isinstance(circuit.task, str):
+            raise ValueError("it names no task")
+        records.check(record, [node_name(n, cfg) for n in np.flatnonzero(nodes)])
         return circuit
     except FileNotFoundError as e:
         raise sg.UserError(f"no file {path}; make one with: python prune.py TASK") from e
@@ -1204,14 +1230,21 @@ def load(path):
 
 
 def verify(circuit, context):
-    """Compute every loss of a circuit again. Returns a line for each that differs from the file by
-    more than 1e-4; rounding differs between machines."""
+    """Compute every loss of a circuit again, and read its weights off the model. Returns a line
+    for each that differs from the file by more than 1e-4; rounding differs between machines."""
     task = PruningTask(context.model, context.frozen, circuit.task, circuit.settings)
-    again = losses(task, circuit.mask)
-    return [f"{which}, {split} prompts, {name}: the file says {old}, the model gives {new}"
-            for which, by_split in circuit.record["losses"].items()
-            for split, score in by_split.items() for name, old in score.items()
-            if not abs(old - (new := again[which][split][name])) <= 1e-4]
+    again, said = losses(task, circuit.mask), circuit.record["losses"]
+    pairs = {f"{which}, {split} prompts, {name}": (said[which][split][name], new)
+             for which, by_split in again.items() for split, score in by_split.items()
+             for name, new in score.items()}
+    links = readings.connections(context.model, circuit.mask, task.pool)
+    for kind in ("edges", "embed", "unembed"):
+        old, new = ({tuple(end for key, end in e.items() if key != "weight"): e["weight"]
+                     for e in some} for some in (circuit.record[kind], links[kind]))
+        pairs |= {f"{kind}, {' '.join(ends)}": (old.get(ends, math.nan), new.get(ends, math.nan))
+                  for ends in old.keys() | new.keys()}
+    return [f"{name}: the file says {old}, the model gives {new}"
+            for name, (old, new) in pairs.items() if not abs(old - new) <= 1e-4]
 
 
 def save_drawings(path, circuit):
@@ -1321,10 +1354,8 @@ def node_and_number(text):
 
 def settings_of(given):
     """The Settings of parsed flags. Raises UserError on a value out of range."""
-    for name, low, high in (("target", 0.0001, 0.69), ("runs", 1, 9), ("seeds", 1, 100),
-                            ("seed", 0, 1 << 31)):
-        if not low <= given.get(name, low) <= high:  # nor is NaN
-            raise sg.UserError(f"--{name} must be from {low} to {high}, not {given[name]}")
+    if not 1 <= given.get("seeds", 1) <= 100:
+        raise sg.UserError(f"--seeds must be from 1 to 100, not {given['seeds']}")
     names = given.keys() & {"target", "ablation", "runs", "seed"}
     return Settings(**{name: given[name] for name in names})
 
@@ -1333,12 +1364,6 @@ def load_model(path):
     """The model in a checkpoint, with its path as cfg.out."""
     model = sg.load(path)
     return model._replace(cfg=dataclasses.replace(model.cfg, out=str(path)))
-
-
-def check_folder(folder):
-    """Raise OSError now, not after the search, if nothing can be written to a folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
 
 
 # The flags that each mode looks at beside its own. It refuses the others.
@@ -1391,18 +1416,19 @@ def run(argv):
     elif task is None:
         print("\n".join(ask.overview(model, folder)))
     else:
-        check_folder(folder)
+        tasks.check_output(path)
         context, seeds = ModelContext(model, settings.ablation), given.get("seeds", 2)
         workers = model.cfg.threads or sg.n_cores()
-        if task == "all":
-            prune_all(context, settings, folder, seeds, workers)
-        else:
+        with tasks.locked(folder):
+            if task == "all":
+                prune_all(context, settings, folder, seeds, workers)
+                return 0
             circuit = prune(model, task, settings, context, seeds, workers=workers)
             circuit = finish(folder, circuit, context)
-            print(listing(circuit, "verbose" in given))
-            flags = {name: f" --{name} {shlex.quote(given[name])}"
-                     for name in ("model", "out") if name in given}
-            print(f"\nwrote {path}, .html and .dot; {show.next_commands(circuit, **flags)}")
+        print(listing(circuit, "verbose" in given))
+        flags = {name: f" --{name} {shlex.quote(given[name])}"
+                 for name in ("model", "out") if name in given}
+        print(f"\nwrote {path}, .html and .dot; {show.next_commands(circuit, **flags)}")
     return 0
 
 

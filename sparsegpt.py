@@ -39,18 +39,18 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import tasks
+from tasks import Tokenizer, UserError, clock, fraction, write_whole
+
+tasks.end_quietly(__name__)
 # BLAS reads these when NumPy is loaded. The threads are ours: see `parallel`.
 for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import numpy as np
-
-import tasks
-from tasks import Tokenizer, UserError, clock, fraction, write_whole
 
 xp = np  # NumPy or CuPy. Other files read sparsegpt.xp, as `use_device` may rebind it.
 
@@ -725,11 +725,11 @@ def load_corpus(cfg, log=print):
     if cfg.idioms:
         n_bytes = int(min(IDIOM_BYTES, cfg.max_mb * 1e6 or IDIOM_BYTES))
         kinds["idioms"] = tasks.split(tasks.idiom_documents(n_bytes))
-    tok = Tokenizer.learn(chain.from_iterable(two[0] for two in kinds.values()), cfg.vocab_size)
+    tok = Tokenizer.learn((doc for two in kinds.values() for doc in two[0]), cfg.vocab_size)
     sides, digest = ({}, {}), hashlib.sha256()
     for name, two in kinds.items():
         for side, docs, rows in zip(sides, two, (cfg.batch_size, 1)):
-            ids = chain.from_iterable(chain([tok.EOT], tok.encode(doc)) for doc in docs)
+            ids = (i for doc in docs for i in (tok.EOT, *tok.encode(doc)))
             side[name] = np.fromiter(ids, np.uint16)
             digest.update(side[name].tobytes())
             if len(side[name]) < rows * (cfg.n_ctx + 1):
@@ -759,6 +759,7 @@ def draw_batch(streams, rng, n, n_ctx, idioms):
 # ---- checkpoints --------------------------------------------------------------------------------
 
 FORMAT = "sparsegpt-4"  # the version of the checkpoint format
+PARTS = {"format", "config", "merges", "nonzero", "values", "text", "m", "v", "step", "digest"}
 
 
 class Model(NamedTuple):
@@ -789,15 +790,23 @@ def load(path):
     """The Model in a checkpoint, read without pickle. Raises UserError if it is missing, damaged,
     not a checkpoint or of another version."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a device may never end
+            raise ValueError("it is not a file")
         data = io.BytesIO(Path(path).read_bytes())
-        if broken := zipfile.ZipFile(data).testzip():  # NumPy alone does not check all of a part
-            raise ValueError(f"{broken} does not match its checksum")
-        data.seek(0)
+        parts = zipfile.ZipFile(data).infolist()
+        sizes = {part.filename.removesuffix(".npy"): part.file_size for part in parts}
         with np.load(data, allow_pickle=False) as f:
-            arrays = {name: f[name] for name in f.files}
-        if str(arrays.pop("format")) != FORMAT:
-            raise ValueError(f"it is not of this version, {FORMAT}; train the model again")
-        cfg = Config(**json.loads(str(arrays.pop("config"))))
+            if max(sizes["format"], sizes["config"]) > 1 << 16 or str(f["format"]) != FORMAT:
+                raise ValueError(f"it is not of this version, {FORMAT}; train the model again")
+            cfg = Config(**json.loads(str(f["config"])))
+            # A small file must not take much memory: parameters and two moments, and some text.
+            if sizes.keys() - PARTS or len(parts) > len(sizes) or (
+                    n_params(cfg) > 100 * data.getbuffer().nbytes) or (
+                    sum(sizes.values()) > 3 * 8 * n_params(cfg) + (1 << 24)):
+                raise ValueError("its parts do not fit its config")
+            if broken := f.zip.testzip():  # NumPy alone does not check all of a part
+                raise ValueError(f"{broken} does not match its checksum")
+            arrays = {name: f[name] for name in PARTS & sizes.keys() - {"format", "config"}}
         tok = Tokenizer(arrays.pop("merges").reshape(-1, 2))
         flat, text = np.zeros(n_params(cfg), cfg.dtype), arrays.pop("text").astype(np.int64)
         nonzero = np.unpackbits(arrays.pop("nonzero"), count=flat.size).view(bool)
@@ -960,7 +969,7 @@ def partial_path(out):
 def load_partial(out):
     """The Model of the unfinished run of --out. Raises UserError if there is none."""
     path = partial_path(out)
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"no unfinished run at {path} to resume; start one without --resume")
     model = load(path)
     if not {"m", "v", "step", "digest"} <= model.state.keys() or not (
@@ -990,15 +999,34 @@ def starting_state(cfg, resume, digest):
     return flat, xp.asarray(state["m"]), xp.asarray(state["v"]), int(state["step"])
 
 
-def check_writable(path):
-    """Raise UserError or OSError now, not after training, if a checkpoint cannot be put there, or
-    would replace something else."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (zipfile.is_zipfile(path)
-                              and "format.npy" in zipfile.ZipFile(path).namelist()):
-        raise UserError(f"--out {path} exists but is not a checkpoint; choose another name")
-    tempfile.TemporaryFile(dir=path.parent).close()
+def where(cfg):
+    """The flags that name a run's files."""
+    return "".join(f" --{name} {shlex.quote(getattr(cfg, name))}" for name in ("data", "out")
+                   if getattr(cfg, name) != getattr(Config, name) or name == "out")
+
+
+def check_writable(out):
+    """Raise UserError now, not after training, if a checkpoint cannot be put there, or would
+    replace something else."""
+    for path in out, partial_path(out):  # the latter's is the longest name
+        tasks.check_output(path)
+    if Path(out).exists() and not (zipfile.is_zipfile(out)
+                                   and "format.npy" in zipfile.ZipFile(out).namelist()):
+        raise UserError(f"--out {out} exists but is not a checkpoint; choose another name")
+
+
+def save_or_aside(path, model):
+    """Save a Model, if need be in a new folder for temporary files. Raises UserError that says
+    where, or that both failed."""
+    try:
+        save(path, model)
+    except UserError as e:
+        aside = Path(tempfile.mkdtemp(prefix="sparsegpt-"), path.name)
+        try:
+            save(aside, model)
+        except UserError as second:
+            raise UserError(f"{e}; {second}") from e
+        raise UserError(f"{e}; it was saved to {aside}: make room, and move it to {path}") from e
 
 
 def train(cfg, resume=False, log=print):
@@ -1011,7 +1039,15 @@ def train(cfg, resume=False, log=print):
     FloatingPointError if the loss or a weight stops being finite.
     """
     check_writable(cfg.out)
-    corpus = load_corpus(cfg, log)
+    with tasks.locked(cfg.out):
+        corpus = load_corpus(cfg, log)
+        model = train_on(corpus, cfg, resume, log)
+        report(model, corpus.val, log)
+    return model
+
+
+def train_on(corpus, cfg, resume, log):
+    """What `train` does with its Corpus, up to the saved Model."""
     flat, m, v, start = starting_state(cfg, resume, corpus.digest)
     text = draw_batch(corpus.train, np.random.default_rng(0), 64, cfg.n_ctx, cfg.idioms)[0]
     model, losses, every = Model(views(flat, cfg), cfg, corpus.tok, text), [], cfg.steps // 40 or 1
@@ -1019,13 +1055,14 @@ def train(cfg, resume=False, log=print):
     log(f"from step {start} of {cfg.steps}; ln(vocabulary) is {math.log(cfg.vocab_size):.4f}\n"
         f"{'step':>6} {'loss':>7} {'val':>7} {'density':>8} {'lr':>8} {'tok/s':>8} {'left':>6}")
     began = saved = line = time.perf_counter()
-    with tasks.interrupts_noted() as stop:
+    warned = False
+    with tasks.interrupts_noted() as interrupts:
         for step, loss in training_steps(flat, m, v, start, corpus.train, cfg):
             done = step + 1
             losses.append(loss)  # read only below: a GPU is not kept waiting
             if step == 0:
                 log(f"{1:>6} {float(loss):7.4f}")
-            if done % every and done < cfg.steps and not stop.is_set():
+            if done % every and done < cfg.steps and not interrupts:
                 continue
             losses = np.array([float(x) for x in losses])
             if not np.isfinite(losses).all():
@@ -1039,17 +1076,26 @@ def train(cfg, resume=False, log=print):
                 f"{len(losses) * cfg.batch_size * cfg.n_ctx / (now - line):8,.0f} "
                 f"{clock((cfg.steps - done) * (now - began) / (done - start)):>6}")
             losses, line = [], time.perf_counter()
-            if done < cfg.steps and (stop.is_set() or line - saved > 60):
-                save(partial_path(cfg.out), model._replace(state=dict(
-                    m=to_host(m), v=to_host(v), step=done, digest=corpus.digest)))
-                saved = time.perf_counter()
-            if stop.is_set() and done < cfg.steps:
+            if done == cfg.steps or not (interrupts or line - saved > 60):
+                continue
+            state = model._replace(state=dict(
+                m=to_host(m), v=to_host(v), step=done, digest=corpus.digest))
+            if interrupts:
+                save_or_aside(partial_path(cfg.out), state)
                 raise KeyboardInterrupt(f"saved step {done} of {cfg.steps}; go on with: python "
-                                        f"sparsegpt.py --resume --out {shlex.quote(cfg.out)}")
-    save(cfg.out, model)
-    partial_path(cfg.out).unlink(missing_ok=True)
-    log(f"trained in {clock(time.perf_counter() - began)}; saved to {cfg.out}")
-    report(model, corpus.val, log)
+                                        f"sparsegpt.py --resume{where(cfg)}")
+            try:
+                save(partial_path(cfg.out), state)
+                saved, warned = time.perf_counter(), False
+            except UserError as e:
+                if not warned:
+                    log(f"{e}; the run goes on, and tries again")
+                warned = True
+        save_or_aside(Path(cfg.out), model)
+        partial_path(cfg.out).unlink(missing_ok=True)
+        log(f"trained in {clock(time.perf_counter() - began)}; saved to {cfg.out}")
+        if interrupts:
+            raise KeyboardInterrupt(f"{cfg.out} is whole, and not scored")
     return model
 
 
@@ -1246,7 +1292,7 @@ QUICK = dict(n_layer=1, d_model=64, density=1 / 8, afrac=1.0, lr=0.016, steps=10
 PRESETS = dict(dense=DENSE, long=LONG, quick=QUICK)
 TAKES = dict(  # the flags that these modes look at; they refuse the others
     gradcheck={"act", "afrac", "positions", "sink", "bigram"},
-    resume={"out", "threads", *PRESETS}, sample={"out", "seed", *PRESETS})
+    resume={"out", "data", "threads", *PRESETS}, sample={"out", "seed", *PRESETS})
 
 
 def make_parser():
@@ -1275,7 +1321,8 @@ def make_parser():
 
 def configure(given):
     """The Config of parsed flags: defaults, then the preset, then what was given. A resumed run
-    keeps its own. Raises UserError on a flag that the mode does not look at."""
+    keeps its own, but its file decides neither what is read nor what is written. Raises UserError
+    on a flag that the mode does not look at."""
     for mode, takes in TAKES.items():
         if mode in given and (more := given.keys() - takes - {mode}):
             raise UserError(f"--{mode} takes no --{min(more)}")
@@ -1284,8 +1331,11 @@ def configure(given):
     values = values | {name: value for name, value in given.items() if name in names}
     if "resume" not in given:
         return Config(**values)
-    changes = {name: given[name] for name in ("out", "threads") if name in given}
-    return dataclasses.replace(load_partial(values.get("out", Config.out)).cfg, **changes)
+    out = values.get("out", Config.out)
+    cfg = load_partial(out).cfg
+    if cfg.data != values.get("data", Config.data):
+        raise UserError(f"the run was on --data {cfg.data}: name it to go on with it")
+    return dataclasses.replace(cfg, out=out, threads=values.get("threads", cfg.threads))
 
 
 def run(argv):

@@ -24,6 +24,7 @@ the very ones a model was trained on, and appending it leaves the prompt's token
 import argparse
 import difflib
 import functools
+import glob
 import hashlib
 import keyword
 import math
@@ -36,9 +37,10 @@ import string
 import sys
 import sysconfig
 import threading
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -534,6 +536,10 @@ def load(path):
 
 # ---- what the other programs use ----------------------------------------------------------------
 
+def title(task):
+    """What a task is about: the first line of its docstring, which `python -OO` leaves out."""
+    return (TASKS[task].__doc__ or task).splitlines()[0]
+
 
 class Pair(NamedTuple):
     """One test: answers[i] is right after prompts[i] and wrong after the other prompt."""
@@ -595,9 +601,16 @@ SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-
 
 
 def source_files(source):
-    """Sorted paths of the files behind one entry of --data. Raises UserError if there is none."""
-    root = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source)
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    """Sorted paths of the files behind one entry of --data, but hidden ones and those that hold
+    what this program prints. Raises UserError if there is none."""
+    root, printed = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source), []
+    for number in (1, 2):
+        with suppress(OSError):  # it may be closed
+            printed.append(os.fstat(number))
+    files = [root] if root.is_file() else sorted(
+        p for p in root.rglob("*") if p.is_file()
+        and not any(part.startswith(".") for part in p.relative_to(root).parts)
+        and not any(os.path.samestat(p.stat(), stream) for stream in printed))
     if source == "stdlib":
         files = [p for p in files
                  if p.suffix == ".py" and SKIP.isdisjoint(p.relative_to(root).parts)]
@@ -642,11 +655,12 @@ def idiom_documents(n_bytes, seed=0):
 
 def split(texts):
     """(training documents, validation documents). A document's own content decides, so none is on
-    both sides. Too few to fill both sides are first cut at blank lines."""
+    both sides. Too few to fill both sides are first cut at blank lines, or else at all lines."""
     def held_out(text):
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] < 13  # 5 %
 
-    for docs in texts, re.findall(r"(?s).+?(?:\n\n+|\Z)", "\n\n".join(texts)):
+    whole = "\n\n".join(texts)
+    for docs in texts, re.findall(r"(?s).+?(?:\n\n+|\Z)", whole), whole.splitlines(keepends=True):
         train, val = ([d for d in docs if held_out(d) == side] for side in (False, True))
         if train and val:
             return train, val
@@ -669,13 +683,16 @@ class Tokenizer:
     EOT = 256  # the document separator, and what every prompt starts with
 
     def __init__(self, merges):
-        """merges: list of (left id, right id); merge i makes token 257 + i. Raises ValueError on
-        an id that does not exist yet."""
+        """merges: list of (left id, right id); merge i makes token 257 + i. Raises UserError on an
+        id that does not exist yet, and on more text than 65,536 tokens can need."""
         self.merges = [(int(a), int(b)) for a, b in merges]
-        self.bytes = [bytes([i]) for i in range(256)] + [b""]
+        self.bytes, size = [bytes([i]) for i in range(256)] + [b""], 0
         for a, b in self.merges:
             if not (0 <= min(a, b) and max(a, b) < len(self.bytes)):
-                raise ValueError(f"the merge {a}, {b} uses a token that does not exist yet")
+                raise UserError(f"the merge {a}, {b} uses a token that does not exist yet")
+            size += len(self.bytes[a]) + len(self.bytes[b])
+            if size > 1 << 22:  # each token may be twice as long as the one before
+                raise UserError("the tokens of the text are too long")
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.rank = {pair: i for i, pair in enumerate(self.merges)}
         self.cache = {}
@@ -764,7 +781,7 @@ def deciding_tokens(tok, prompt, right, wrong):
 def show(task: str, n: int, seed: int, split: str) -> None:
     """Print n pairs: each prompt behind a bar, its right and wrong answer as Python strings."""
     found = pairs(task, n, seed, split)
-    print(f"== {task}: {TASKS[task].__doc__.splitlines()[0]}\n")
+    print(f"== {task}: {title(task)}\n")
     for prompts, answers in found:
         for prompt, right, wrong in zip(prompts, answers, answers[::-1]):
             print("\n".join(f"  | {line}" for line in prompt.split("\n")))
@@ -785,42 +802,157 @@ def clock(seconds):
     return f"{m}:{s:02}" if m < 60 else f"{m // 60}:{m % 60:02}:{s:02}"
 
 
+def temporary(path):
+    """The name that a file has until it is whole. No other thread or process uses the same."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.unfinished")
+
+
 def write_whole(path, write):
     """Make a file by write(f), f open for bytes: whole or not at all, as it goes to a temporary
     file first, which is then renamed. Raises UserError if that cannot be done."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "wb") as f:
+            with open(temporary(path), "wb") as f:
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary(path), path)
         finally:
-            temporary.unlink(missing_ok=True)
+            temporary(path).unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-@contextmanager
-def interrupts_noted():
-    """An event that the first Ctrl-C or SIGTERM sets, in place of its usual effect, so that the
-    step can be finished; a second one is not held back. Only the main thread is told of them."""
-    stop, former = threading.Event(), {}
-
-    def note(number, _):
-        stop.set()
-        signal.signal(number, former[number])
-
-    if threading.current_thread() is threading.main_thread():
-        former = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+def check_output(path):
+    """Raise UserError now, not after the work, if a file of this name cannot be written."""
+    path = str(path)
+    if path.endswith(("/", os.sep)) or os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not the name of a file; choose another --out")
     try:
-        yield stop
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary(Path(path)), "wb"):
+            pass
+        temporary(Path(path)).unlink()
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def lock_of(path):
+    """The lock file of a file, or of all files of a folder."""
+    return path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def locked(path):
+    """Keep other processes from writing a file, or the files of a folder, and clear away what dead
+    ones left unfinished. Raises UserError if a living process holds the lock; a dead one's is
+    free. Where the system has no such locks nothing is done."""
+    lock = lock_of(Path(path))
+    unfinished = glob.escape(lock.name.removesuffix(".lock")) + ".*unfinished"
+    try:
+        import fcntl  # not on Windows
+        while True:
+            f = open(lock, "a+")
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                f.seek(0)
+                raise UserError(f"process {f.read(20)} writes to {path} and holds {lock}: wait for"
+                                " its end, or choose another --out") from e
+            if os.fstat(f.fileno()).st_nlink:  # else its former owner has just removed it
+                break
+        f.truncate(0)
+        print(os.getpid(), end="", file=f, flush=True)
+    except (ImportError, OSError):
+        yield
+        return
+
+    def clear():
+        for left in lock.parent.glob(unfinished):
+            left.unlink(missing_ok=True)
+
+    try:
+        clear()
+        yield
+    finally:
+        clear()  # after workers that were stopped
+        lock.unlink(missing_ok=True)
+        f.close()
+
+
+@contextmanager
+def signals_to(handler):
+    """Give Ctrl-C, SIGTERM and SIGHUP to a handler, except those that are ignored, as by nohup.
+    Only the main thread is told of signals: elsewhere nothing changes."""
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                former[number] = signal.signal(number, handler)
+    try:
+        yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_blocked():
+    """Hold Ctrl-C and SIGHUP back for a while, and for good from processes that begin then."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+@contextmanager
+def interrupts_noted():
+    """A list that signals are added to, in place of their usual effect, so that a step or a file
+    can be finished. (The lock of a threading.Event could be held when the second one comes.)"""
+    noted = []
+    with signals_to(lambda number, _: noted.append(number)):
+        yield noted
+
+
+def end_quietly(name):
+    """Let Ctrl-C end a program without a traceback while its modules load. name: its __name__."""
+    if name == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def printable(text, keep=""):
+    """text with control characters written out: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+class Output:
+    """A stream whose lines are written at once, with control characters written out. A reader that
+    goes away, such as `head`, or a full disk ends the output and not the work."""
+
+    def __init__(self, stream, keep="\n\t"):
+        self.stream, self.keep, self.error = stream, keep, None
+        if hasattr(stream, "reconfigure"):  # a console may lack some letters
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(printable(text, self.keep))
+            if "\n" in text:
+                self.stream.flush()
+        except OSError as e:
+            self.error = self.error or e
+            # Else Python would fail to write the rest at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -839,41 +971,40 @@ class Parser(argparse.ArgumentParser):
 
 def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = "") -> int:
     """The exit status of run(argv), of a program `name`: a mistake is one line on stderr and
-    status 2, Ctrl-C and SIGTERM are 130. kept: what is said after these."""
+    status 2, Ctrl-C, SIGTERM and SIGHUP are 130. kept: what is said after these."""
     def complain(message):
-        print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
+        if sys.stderr:
+            print(f"{name}: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
 
-    def no_more_output():  # so that Python does not fail to flush it at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    def interrupt(*_):
+        if not interrupted:  # a second one would only disturb the clearing up
+            interrupted.append(True)
+            raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if sys.stdout:  # tokens and samples may hold what a console lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    former, interrupted, status = (sys.stdout, sys.stderr), [], 2
+    sys.stdout = former[0] and Output(former[0])
+    sys.stderr = former[1] and Output(former[1], "\n\t\r\033")  # with a line that rewrites itself
     try:
-        try:
-            status = run(argv)
-        except SystemExit as e:  # after --help
-            status = e.code
-        if sys.stdout:
-            sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        no_more_output()
-        return 0
-    except MemoryError:
-        complain("error: not enough memory; take a smaller model or batch")
-    except (UserError, FloatingPointError, OSError) as e:
-        complain(f"error: {e}")
-        try:
-            if sys.stdout:
-                sys.stdout.flush()
-        except OSError:
-            no_more_output()
-    except KeyboardInterrupt as e:
-        complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
-        return 130
-    return 2
+        with signals_to(interrupt), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # what overflows is found and said
+            try:
+                status = run(argv)
+            except SystemExit as e:  # after --help
+                status = e.code
+            except MemoryError:
+                complain("error: not enough memory; take a smaller model or batch")
+            except (UserError, FloatingPointError, OSError) as e:
+                complain(f"error: {e}")
+            except KeyboardInterrupt as e:
+                complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
+                status = 130
+            error = sys.stdout and sys.stdout.error
+            if status == 0 and error and not isinstance(error, BrokenPipeError):
+                complain(f"error: cannot write the output: {error.strerror}")
+                status = 2
+    finally:
+        sys.stdout, sys.stderr = former
+    return status
 
 
 def main(argv=None) -> int:
@@ -890,8 +1021,8 @@ def run(argv) -> int:
     parser.add_argument("--split", default="eval", help="train, eval or held")
     parser.add_argument("--idioms", action="store_true", help="show training documents instead")
     args = parser.parse_args(argv)
-    if args.n < 1:
-        raise UserError(f"--n must be at least 1, not {args.n}")
+    if not 1 <= args.n <= 10_000:
+        raise UserError(f"--n must be from 1 to 10000, not {args.n}")
     if args.idioms and args.task is not None:
         raise UserError("--idioms are of no one task")
     if args.idioms:

@@ -236,7 +236,7 @@ def assert_refused(capsys, said, *argv, main=sg.main):
 
 def write(contents):
     for path, content in contents.items():
-        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(content)
 
 def files():
@@ -931,9 +931,12 @@ CONFIG, FIVE = dataclasses.asdict(tiny()), np.packbits(np.arange(sg.n_params(tin
     (dict(merges=np.arange(3)), "model.npz"), (dict(merges=np.array([[0.5, 1e9]])), "model.npz"),
     (dict(merges=np.array([[97, 97]] * 99)), "tokenizer"),
     *(({name: np.array([Payload()], object)}, "allow_pickle")
-      for name in ("format", "values", "config", "merges", "text", "more"))])
+      for name in ("format", "values", "config", "merges", "text")),
+    (dict(more=np.zeros(1)), "parts"), (dict(text=np.zeros(1 << 22)), "parts"),
+    (dict(config=json.dumps({**CONFIG, "d_model": 1 << 16})), "parts"),
+    (dict(merges=np.array([[97, 97]] + [[257 + i] * 2 for i in range(22)])), "too long")])
 def test_a_checkpoint_that_does_not_fit_is_refused(changes, said):
-    """Pickles are not loaded."""
+    """Pickles are not loaded, and a small file takes little memory."""
     np.savez("model.npz", **edited(**changes))
     with pytest.raises(sg.UserError, match=said):
         sg.load("model.npz")
@@ -969,7 +972,8 @@ def flags(**more):
     *((line, line.split()[0]) for line in (
         "--density 0", "--density 1.5", "--density nan", "--density x", "--density 1/0",
         "--n_ctx 1", "--vocab_size 100", "--steps 0", "--act tanh", "--batch_size 2.5",
-        "--seed -1", "--lr inf", "--anneal_end 0.2 --anneal_start 0.5", "--data short.txt",
+        "--seed -1", "--lr inf", "--steps " + "9" * 5000, "--data short.txt",
+        "--anneal_end 0.2 --anneal_start 0.5",
         "--batch_size 9000", "--n_ctx 60000", "--min_per_neuron 17")),
     *((line, line.split()[1]) for line in (
         "--gradcheck --lr 1", "--gradcheck --steps 5", "--gradcheck --dense",
@@ -980,6 +984,9 @@ def flags(**more):
     ("--d_head 5", "does not divide"), ("--data missing", "missing"), ("--data hollow", "no file"),
     ("--data binary", "not UTF-8"), ("--data prose.txt,,", "--data ''"),
     ("--out prose.txt/model.npz", "prose.txt"), ("--out hollow", "hollow"),
+    *((f"--out {name}", "not the name of a file") for name in ("hollow/", "new/", "model.npz/")),
+    *((f"--out {name}", "not the name of a file") for name in ("pipe", "/dev/null")),
+    ("--sample x --out pipe", "not a file"), (f"--out {'x' * 239}", "name too long"),
     ("--out short.txt", "not a checkpoint"), ("--out other.zip", "not a checkpoint"),
     ("--out run.npz", "unfinished run"), ("--resume --out none.npz", "no unfinished run"),
     ("--resume --out cut.npz", "cut.npz.partial"), ("--resume --out run.npz", "not the state"),
@@ -989,6 +996,7 @@ def flags(**more):
 def test_wrong_input_is_refused_and_nothing_is_written_over(line, said, prose, capsys):
     whole = checkpoint_bytes()
     Path("hollow").mkdir()
+    os.mkfifo("pipe")
     write({"binary/a": b"\xff\xfe", "short.txt": b"x", "garbage.npz": pickle.dumps(Payload()),
            "cut.npz": whole[:-99], "cut.npz.partial": whole[:999], "run.npz.partial": whole,
            "model.npz": whole})
@@ -998,7 +1006,8 @@ def test_wrong_input_is_refused_and_nothing_is_written_over(line, said, prose, c
     assert_refused(capsys, re.escape(said), *base, *line.split())
 
 @pytest.mark.parametrize("line, said", [
-    ("nonsense", "nonsense"), ("var_swop", "var_swap"), ("--n 0", "--n"), ("--n x", "--n"),
+    ("nonsense", "nonsense"), ("var_swop", "var_swap"),
+    *((f"--n {n}", "--n") for n in ("0", "x", "10001")),
     ("var_swap --split tset", "eval"), ("var_swap --idioms", "--idioms"),
     ("var_swap --n 2", None), ("--idioms", None), ("", None)])
 def test_command_line_of_tasks_shows_or_refuses(line, said, capsys):
@@ -1008,15 +1017,20 @@ def test_command_line_of_tasks_shows_or_refuses(line, said, capsys):
         status, out, _ = run_main(capsys, *line.split(), main=tasks.main)
         assert status == 0 and out.count("\n") > 5
 
-def test_documents_are_read_and_split_with_nothing_lost_unsaid(prose):
-    """Undecodable files are counted. A document is held out or trained on, not both."""
-    write({"mixed/a": b"good text", "mixed/b": b"\xff\xd8", "mixed/c": b"a\0b", "mixed/d": b""})
-    lines = []
+def test_documents_are_read_and_split_with_nothing_lost_unsaid(prose, monkeypatch):
+    """Undecodable files are counted. A document is held out or trained on, not both. What a run
+    prints is not its data, nor are locks and other hidden files."""
+    write({"mixed/a": b"good text", "mixed/b": b"\xff\xd8", "mixed/c": b"a\0b", "mixed/d": b"",
+           "mixed/.model.npz.lock": b"5", "mixed/.git/x": b"x", "mixed/log": b"step 1"})
+    log, lines = os.stat("mixed/log"), []
+    monkeypatch.setattr(os, "fstat", lambda number: log)
     assert tasks.read_documents("mixed", log=lines.append) == ["good text"]
     assert "2 files" in "".join(lines)
-    train, val = tasks.split(tasks.read_documents(prose, log=quiet))
-    assert train and val and not set(train) & set(val)
-    assert sorted("".join(train + val)) == sorted(Path(prose).read_text())
+    text = Path(prose).read_text()
+    for docs in [text], [text.replace("\n\n", "\n")]:  # with blank lines and without
+        train, val = tasks.split(docs)
+        assert train and val and not set(train) & set(val)
+        assert sorted("".join(train + val)) == sorted(docs[0])
 
 @pytest.mark.parametrize("n_ctx, idioms", [(8, 0.5), (128, 0.5), (8, 0)])
 def test_the_whole_path_runs(prose, n_ctx, idioms, capsys, monkeypatch):
@@ -1042,6 +1056,8 @@ def test_ctrl_c_is_status_130_and_the_hint_resumes(prose, capsys, monkeypatch):
     status, _, err = run_main(capsys, *flags(), "--steps=6")
     assert status == 130 and "Traceback" not in err
     hint = re.search(r"python sparsegpt.py (--resume .*)", err)[1]
+    # What the state's file names is not opened unasked, as it may come from anywhere.
+    assert_refused(capsys, "--data prose.txt", "--resume", "--out", "model.npz")
     status, out, err = run_main(capsys, *hint.split())
     assert (status, err) == (0, "") and "from step 2 of 6" in out
 
@@ -1078,7 +1094,7 @@ def test_the_program_runs_as_a_script_from_anywhere():
 @pytest.mark.parametrize("module, forbidden", [
     (tasks, "numpy|sparsegpt|prune"), (sg, "prune"), (prune, "compare")])
 def test_a_file_imports_none_above_it_and_does_nothing_when_imported(module, forbidden):
-    """Only sparsegpt.py has a loop, which sets variables of the environment."""
+    """But sparsegpt.py sets variables of the environment, and a program's modules load quietly."""
     tree, imports = ast.parse(Path(module.__file__).read_text()), (ast.Import, ast.ImportFrom)
     names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, imports)]
     assert not re.search(rf"\b({forbidden})\b", " ".join(names))
@@ -1086,7 +1102,9 @@ def test_a_file_imports_none_above_it_and_does_nothing_when_imported(module, for
     defines = *imports, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.ClassDef
     others = [ast.unparse(node) for node in body if not isinstance(node, defines)]
     assert ast.unparse(end).startswith("if __name__ == '__main__':")
-    assert len(others) == (module is sg) and all("environ.setdefault" in text for text in others)
+    quietly = ["tasks.end_quietly(__name__)"] * (module is not tasks)
+    assert others[:1] == quietly and len(others) == len(quietly) + (module is sg)
+    assert all("environ.setdefault" in text for text in others[1:])
 
 def test_part_one_is_short_and_plain():
     """The method, which people read, has no threads, files, messages or checks in it."""
@@ -1095,6 +1113,116 @@ def test_part_one_is_short_and_plain():
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     assert part_one.count("\n") <= 650 and not names & {"threading", "signal", "open", "print"}
     assert not any(isinstance(node, ast.Raise) for node in nodes)
+# ---- interruptions, full disks, pipes, other processes ------------------------------------------
+
+@pytest.mark.parametrize("moment", ["sparsegpt.adam", "sparsegpt.np.savez", "sparsegpt.report",
+                                    "sparsegpt.np.savez_compressed"])
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGHUP, signal.SIGINT]])
+def test_signals_at_any_moment_leave_a_whole_model_or_state(
+        prose, moment, signals, capsys, monkeypatch):
+    """In a step, in a write and after all of them; a second one changes nothing."""
+    cfg, module = tiny(steps=6), operator.attrgetter(moment.removeprefix("sparsegpt."))
+    whole, strikes, real = sg.train(cfg, log=quiet), itertools.count(), module(sg)
+    originals = dict(adam=sg.adam, report=sg.report)
+    Path("model.npz").unlink()
+
+    def strike(*args, **more):
+        if moment != "sparsegpt.adam" or next(strikes) == 2:
+            for number in signals:
+                signal.raise_signal(number)
+        return real(*args, **more)
+
+    if moment == "sparsegpt.np.savez":  # which writes the state of an interrupted run
+        adam, steps = sg.adam, itertools.count()
+        monkeypatch.setattr(sg, "adam", lambda *a: (adam(*a), next(steps) == 2 and ctrl_c()))
+    monkeypatch.setattr(moment, strike)
+    status, _, err = run_main(capsys, *flags(), "--steps=6")
+    assert (status, err.count("\n")) == (130, 1) and "Traceback" not in err
+    left = {str(path) for path in files()} - {prose}
+    done = moment in ("sparsegpt.report", "sparsegpt.np.savez_compressed")
+    assert left == {"model.npz" if done else "model.npz.partial"}
+    for name in "adam", "report":
+        monkeypatch.setattr(sg, name, originals[name])
+    if not done:
+        sg.train(cfg, True, quiet)
+    assert same(sg.load("model.npz").params, whole.params)
+
+def test_ignored_signals_stay_ignored(monkeypatch):
+    """As those of nohup; and handlers are put back."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    with tasks.interrupts_noted() as noted, pytest.raises(KeyboardInterrupt):
+        ctrl_c()
+    assert noted == []
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_a_full_disk_costs_no_training(prose, spare, capsys, monkeypatch):
+    """An automatic save that fails is said once, and tried again. The last one goes elsewhere."""
+    whole, real, looks = sg.train(tiny(steps=6), log=quiet), sg.write_whole, itertools.count(0, 50)
+    Path("spare").mkdir()
+    full = {Path("model.npz").resolve().parent} | (set() if spare else {Path("spare").resolve()})
+    monkeypatch.setattr(sg.tempfile, "tempdir", "spare")
+    monkeypatch.setattr(sg, "time", types.SimpleNamespace(perf_counter=lambda: next(looks)))
+
+    def write(path, fill):
+        if full & set(Path(path).resolve().parents[:1 if spare else 3]):
+            raise sg.UserError(f"cannot write {path}: No space left on device")
+        real(path, fill)
+
+    monkeypatch.setattr(sg, "write_whole", write)
+    status, out, err = run_main(capsys, *flags(), "--steps=6")
+    assert (status, err.count("\n")) == (2, 1) and "write model.npz: No space" in err
+    assert out.count("the run goes on") == 1
+    kept = list(Path("spare").rglob("model.npz"))
+    assert all(str(path) in err for path in kept) and len(kept) == spare
+    assert all(same(sg.load(path).params, whole.params) for path in kept)
+
+@pytest.mark.parametrize("main, line, place, left", [
+    (sg.main, " ".join(flags()), "model.npz", ".model.npz.partial.1-2.unfinished"),
+    (prune.main, "else_elif --model model.npz", "circuits", "circuits/.cue.json.1-2.unfinished")])
+def test_of_two_runs_that_write_the_same_files_one_is_refused(
+        prose, main, line, place, left, capsys):
+    """The lock and the unfinished files of a dead process stand in nobody's way."""
+    sg.save("model.npz", small_model(n_ctx=128))
+    Path("circuits").mkdir()
+    with tasks.locked(place):
+        assert_refused(capsys, f"process {os.getpid()} writes", *line.split(), main=main)
+    other, lock = Path(".another.npz.1-2.unfinished"), tasks.lock_of(Path(place))
+    write({lock: b"1", left: b"", other: b""})
+    run_main(capsys, *line.split(), main=main)
+    assert not Path(left).exists() and not lock.exists() and other.exists()
+
+@pytest.mark.parametrize("where", ["nobody", "/dev/full", "text", None])
+def test_output_that_nobody_takes_does_not_end_the_work(prose, where, capsys, monkeypatch):
+    """A reader that goes away is no error; a full disk is one. A notebook has no file."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = where == "/dev/full"
+    for line in (flags(), ["--help"])[:1 if where is None else 2]:
+        stream = {"nobody": lambda: open(os.dup(writer), "w"), "text": io.StringIO,
+                  "/dev/full": lambda: open("/dev/full", "w"), None: lambda: None}[where]()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert sg.main(line) == 2 * full
+        assert capsys.readouterr().err.count("\n") == full and Path("model.npz").exists()
+
+def test_every_line_is_written_at_once():
+    raw = io.BytesIO()
+    stream = tasks.Output(io.TextIOWrapper(io.BufferedWriter(raw), "ascii"))
+    print("line\x1b[2J", file=stream)
+    assert raw.getvalue() == rb"line\x1b[2J" + b"\n"
+
+@given(text=st.text())
+def test_control_characters_never_reach_a_terminal(text):
+    seen = tasks.printable(text, "\n")
+    assert all(c.isprintable() or c == "\n" for c in seen)
+    assert seen == text or not text.replace("\n", "").isprintable()
+
+def test_threads_that_write_one_file_leave_one_of_their_texts():
+    texts = [str(i) * 10**5 for i in range(8)]
+    sg.parallel(lambda text: prune.write_text("text", text), texts, 4)
+    assert Path("text").read_text() in texts and list(files()) == [Path("text")]
+
+
 # ---- circuits: nodes, edges, losses -------------------------------------------------------------
 
 def drawn_mask(cfg, seed, density=0.6):
@@ -1532,6 +1660,21 @@ def test_the_same_seed_finds_the_same_circuit_with_any_number_of_processes(cues)
     assert one.record == other.record and np.array_equal(one.mask.nodes, other.mask.nodes)
     assert list(prune.on_cores(abs, [], 2)) == []
 
+def test_a_worker_that_dies_or_another_context_is_an_error(cues):
+    """No search goes on without its processes, or with other frozen values than it says."""
+    with pytest.raises(sg.UserError, match="worker process ended"):
+        list(prune.on_cores(os._exit, [0, 1, 2], 2))
+    for context in (prune.ModelContext(wired(), "zero"), prune.ModelContext(small_model())):
+        with pytest.raises(sg.UserError, match="context"):
+            prune.prune(wired(), "cue", FEW, context)
+
+def test_what_a_search_will_need_is_made_before_it(cues, monkeypatch):
+    """Held-out prompts that are too long for the context are found out at once."""
+    monkeypatch.setitem(tasks.TASKS, "late", lambda w: cue(
+        w, form=9 * "{cue}{junk}=" if w.large else "{cue}{junk}="))
+    with pytest.raises(prune.CannotPrune, match="context"):
+        prune.PruningTask(wired(), prune.ModelContext(wired()).frozen, "late", FEW)
+
 
 # ---- circuits: what is measured and printed -----------------------------------------------------
 
@@ -1703,6 +1846,55 @@ def test_a_circuit_file_gives_back_the_circuit_and_its_losses(cues, capsys, monk
     with pytest.raises(sg.UserError, match="version"):
         prune.load("circuits/cue.json")
 
+@given(data=st.data())
+@settings(max_examples=200)
+def test_a_forged_circuit_is_refused_or_can_be_shown_and_checked(cues, data):
+    """Any part is replaced or gone, and the checksum is right."""
+    record, model = write_circuit(), prune.load_model("model.npz")
+    del record["sha256"]
+    parts, at = [], record
+    while True:
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        parts.append((at, key))
+        if not at[key] or not isinstance(at[key], (dict, list)) or data.draw(st.booleans()):
+            break
+        at = at[key]
+    new = data.draw(st.sampled_from([*DAMAGES[2:-2], True, 10**400, 1e300, 10**9, "<b>\x1b", ["x"],
+                                     [[]], {"x": 5}, "gone", "twice", record["nodes"]]))
+    at[key] = [at[key]] * 2 if new == "twice" else new
+    if new == "gone":
+        del at[key]
+    prune.write_text("forged.json", json.dumps(dict(record, sha256=prune.digest(record))))
+    try:
+        circuit = prune.load("forged.json")
+    except sg.UserError:
+        return
+    for verbose in False, True:
+        assert show.listing(circuit, verbose) + show.next_commands(circuit)
+    for text in (show.page(circuit), show.summary_page({"cue": (circuit, "")}),
+                 show.dot(circuit.record)):
+        assert "<b>" not in text and "\x1b" not in text
+    try:
+        wrong = prune.verify(circuit, prune.ModelContext(model, circuit.settings.ablation))
+    except sg.UserError:
+        return
+    touched = {key for _, key in parts}
+    assert wrong or not touched & {"losses", "weight"}
+
+@pytest.mark.parametrize("change, said", [
+    (lambda r: r["settings"].update(search_pairs=10**9), "search_pairs"),
+    (lambda r: r["losses"]["full"].pop("held"), "losses.full"),
+    (lambda r: r["edges"][0].pop("weight"), "edges"), (lambda r: r["checks"].pop(), "checks"),
+    (lambda r: r["model"]["config"].update(d_model=1 << 16, d_head=16), "too large"),
+    (lambda r: r["size"].update(nodes="<b>"), "size.nodes")])
+def test_what_a_forged_circuit_lacks_is_named(cues, change, said):
+    record = write_circuit()
+    del record["sha256"]
+    change(record)
+    prune.write_text("forged.json", json.dumps(dict(record, sha256=prune.digest(record))))
+    with pytest.raises(sg.UserError, match=said):
+        prune.load("forged.json")
+
 def test_a_check_never_opens_the_model_that_a_circuit_names(cues, capsys, monkeypatch):
     """A file may come from anywhere: the model is that of --model, or the default one."""
     write_circuit()
@@ -1768,7 +1960,10 @@ PRUNING = {
     "--ablation": ["cue --ablation foo", "cue --ablation resample"],
     "h1.neuron.5": ["cue --set h1.neuron.5"], "h1.neuron.99": ["cue --set h1.neuron.99=1"],
     "--set": [f"cue --set h1.neuron.5={x}" for x in ("x", "nan", "1e39")],
-    "final.99": ["cue --ablate final.99"], "not allowed with": ["cue --set final.1=1 --explain"],
+    "no node": [f"cue --ablate {node}" for node in (
+        "final.99", "final." + "9" * 5000, "h1.head." + "9" * 5000, "h1.head.-1", "final.²")],
+    "not a file": ["cue --model pipe", "--check pipe"], "not the name": ["cue --out dirs"],
+    "not allowed with": ["cue --set final.1=1 --explain"],
     "context": ["endless", f"cue --ask < --ask {99 * '<'}"], "no task": ["cue --check x.json"],
     "no --target": ["--check circuits/cue.json --target 0.2"],
     "no --seeds": ["cue --explain --seeds 3"], "no --seed": ["cue --ask < --seed 3"],
@@ -1789,7 +1984,9 @@ def test_a_mistake_is_one_line_and_status_two(brief, main, said, line, capsys, m
     sg.save("b.npz", other)
     sg.save("tokens.npz", other._replace(tok=sg.Tokenizer([(97, 97)])))
     write({"text.txt": b"x", "cut.npz": Path("model.npz").read_bytes()[:-99], "c/a": b"",
-           "circuits/hopeless.json": Path("circuits/cue.json").read_bytes()})
+           "circuits/hopeless.json": Path("circuits/cue.json").read_bytes(),
+           "dirs/cue.json/x": b""})
+    os.mkfifo("pipe")
     monkeypatch.setattr(prune, "learn_masks", pytest.fail)
     before = files()
     line += " --model model.npz" * (main is prune.main and "--model" not in line)

@@ -27,8 +27,8 @@ import prune
 import tasks
 from docs import show
 
-SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
-AIMS = (0.4, 0.15, 0.05, 0.015)  # targets that masks are trained for
+SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
+AIMS = (0.15, 0.05)  # targets that masks are trained for
 EMPTY = dict(full=None, points=(), by_attribution=(), cleaned=None, without=None, random=None)
 
 
@@ -316,6 +316,8 @@ def run(argv):
     parser.add_argument("models", nargs="+", metavar="FILE", help="checkpoints")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all")
     parser.add_argument("--out", help="folder for compare.json and .html (default circuits)")
+    parser.add_argument("--data", default=sg.Config.data, help="what the models were trained on "
+                        "(default stdlib)")
     prune.add_settings(parser, ("mean", "zero", "resample"))
     given = vars(parser.parse_args(argv))
     settings, folder = prune.settings_of(given), given.get("out", "circuits")
@@ -326,16 +328,19 @@ def run(argv):
     for task in given.get("tasks", ()):
         tasks.pairs(task, 1)  # raises UserError on an unknown task
     models = [prune.load_model(path) for path in given["models"]]
+    if other := [m.cfg for m in models if m.cfg.data != given["data"]]:  # no file decides it
+        raise sg.UserError(f"{other[0].out} was trained on --data {other[0].data}: name it")
     if any(m.tok.merges != models[0].tok.merges for m in models):
         raise sg.UserError("the models have different tokenizers")
     kinds = by_kind([dict(kind=kind_of(m.cfg), seed=m.cfg.seed) for m in models])
     if len(kinds) > 8 or len(set(map(len, kinds))) > 1:
         raise sg.UserError("give at most 8 models, and equally many seeds of each; these have "
                            f"{', '.join(str(len(kind)) for kind in kinds)}")
-    prune.check_folder(folder)
-    compare([prune.ModelContext(m, settings.ablation) for m in models], settings, folder,
-            max(m.cfg.threads or sg.n_cores() for m in models),
-            given.get("tasks", list(tasks.TASKS)))
+    tasks.check_output(Path(folder, "compare.json"))
+    with tasks.locked(folder):
+        compare([prune.ModelContext(m, settings.ablation) for m in models], settings, folder,
+                max(m.cfg.threads or sg.n_cores() for m in models),
+                given.get("tasks", list(tasks.TASKS)))
     return 0
 
 

@@ -35,7 +35,9 @@ def listing(circuit, verbose=False):
     lines += ["{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
               "By attribution, ".format(**size)
               + "{nodes:,} and {edges:,} reach the target.".format(**r["attribution"]),
-              f"{'loss in nats':<14} {'search prompts':^26}   {'held-out prompts':^26}",
+              f"{'loss in nats':<14}" + "".join(
+                  f" {f'{n} {name} prompts':^26}  "
+                  for name, n in zip(("search", "held-out"), r["prompts"].values())),
               f"{'':<14}" + f" {'2 tokens':>8} {'all':>8} {'accuracy':>8}  " * 2]
     for key, name in (("full", "full model"), ("circuit", "circuit")):
         scores = (r["losses"][key][split] for split in ("search", "held"))
