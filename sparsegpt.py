@@ -999,12 +999,6 @@ def starting_state(cfg, resume, digest):
     return flat, xp.asarray(state["m"]), xp.asarray(state["v"]), int(state["step"])
 
 
-def where(cfg):
-    """The flags that name a run's files."""
-    return "".join(f" --{name} {shlex.quote(getattr(cfg, name))}" for name in ("data", "out")
-                   if getattr(cfg, name) != getattr(Config, name) or name == "out")
-
-
 def check_writable(out):
     """Raise UserError now, not after training, if a checkpoint cannot be put there, or would
     replace something else."""
@@ -1082,8 +1076,9 @@ def train_on(corpus, cfg, resume, log):
                 m=to_host(m), v=to_host(v), step=done, digest=corpus.digest))
             if interrupts:
                 save_or_aside(partial_path(cfg.out), state)
-                raise KeyboardInterrupt(f"saved step {done} of {cfg.steps}; go on with: python "
-                                        f"sparsegpt.py --resume{where(cfg)}")
+                raise KeyboardInterrupt(
+                    f"saved step {done} of {cfg.steps}; go on with: python sparsegpt.py --resume "
+                    f"--data {shlex.quote(cfg.data)} --out {shlex.quote(cfg.out)}")
             try:
                 save(partial_path(cfg.out), state)
                 saved, warned = time.perf_counter(), False
