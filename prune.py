@@ -938,8 +938,15 @@ def on_cores(fn, items, workers):
     end too early.
 
     Processes, not threads: the arrays are so small that the interpreter's lock would leave a
-    second thread nearly nothing to do. One worker, and a GPU, stay in this process.
+    second thread nearly nothing to do. One worker, and a GPU, stay in this process. Under mpirun
+    the first process deals out the items, and the others work.
     """
+    if workers > 1 and sg.n_processes() > 1:
+        from mpi4py.futures import MPICommExecutor
+        with MPICommExecutor(sg.communicator(), 0) as pool:
+            if pool:
+                yield from pool.map(fn, items, unordered=True)
+        return
     if workers == 1 or len(items) < 2 or sg.xp is not np:
         yield from map(fn, items)
         return
@@ -1416,9 +1423,11 @@ def run(argv):
     elif task is None:
         print("\n".join(ask.overview(model, folder)))
     else:
+        if sg.rank():
+            return len([*on_cores(None, (), sg.n_processes())])  # work until the first has ended
         tasks.check_output(path)
         context, seeds = ModelContext(model, settings.ablation), given.get("seeds", 2)
-        workers = model.cfg.threads or sg.n_cores()
+        workers = max(model.cfg.threads or sg.n_cores(), sg.n_processes())
         with tasks.locked(folder):
             if task == "all":
                 prune_all(context, settings, folder, seeds, workers)
@@ -1435,8 +1444,8 @@ def run(argv):
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a circuit that does not reproduce its
     losses, 2 for a mistake, 130 for Ctrl-C."""
-    return tasks.command("prune.py", run, argv, "finished circuits are kept; the same command "
-                         "continues")
+    return sg.ended(tasks.command("prune.py", run, argv, "finished circuits are kept; the same "
+                                  "command continues"))
 
 
 if __name__ == "__main__":

@@ -1032,6 +1032,10 @@ def train(cfg, resume=False, log=print):
     run that was never interrupted. Raises UserError on unusable data or output, and
     FloatingPointError if the loss or a weight stops being finite.
     """
+    if cfg.batch_size < n_processes():
+        raise UserError(f"--batch_size must be at least the number of processes, {n_processes()}")
+    if rank():
+        follow(load_corpus(cfg, lambda line: None), cfg, resume)
     check_writable(cfg.out)
     with tasks.locked(cfg.out):
         corpus = load_corpus(cfg, log)
@@ -1052,11 +1056,11 @@ def train_on(corpus, cfg, resume, log):
     warned = False
     with tasks.interrupts_noted() as interrupts:
         for step, loss in training_steps(flat, m, v, start, corpus.train, cfg):
-            done = step + 1
+            done, stopped = step + 1, anywhere(interrupts)
             losses.append(loss)  # read only below: a GPU is not kept waiting
             if step == 0:
                 log(f"{1:>6} {float(loss):7.4f}")
-            if done % every and done < cfg.steps and not interrupts:
+            if done % every and done < cfg.steps and not stopped:
                 continue
             losses = np.array([float(x) for x in losses])
             if not np.isfinite(losses).all():
@@ -1070,11 +1074,11 @@ def train_on(corpus, cfg, resume, log):
                 f"{len(losses) * cfg.batch_size * cfg.n_ctx / (now - line):8,.0f} "
                 f"{clock((cfg.steps - done) * (now - began) / (done - start)):>6}")
             losses, line = [], time.perf_counter()
-            if done == cfg.steps or not (interrupts or line - saved > 60):
+            if done == cfg.steps or not (stopped or line - saved > 60):
                 continue
             state = model._replace(state=dict(
                 m=to_host(m), v=to_host(v), step=done, digest=corpus.digest))
-            if interrupts:
+            if stopped:
                 save_or_aside(partial_path(cfg.out), state)
                 raise KeyboardInterrupt(
                     f"saved step {done} of {cfg.steps}; go on with: python sparsegpt.py --resume "
@@ -1170,9 +1174,12 @@ def n_shards(cfg):
 
 def batch_gradient(params, ids, targets, cfg):
     """(loss, gradient as a flat array) of a batch: `loss_and_grads` in n_shards parts, one a
-    thread, whose gradients are summed in a fixed order."""
-    n = min(n_shards(cfg), len(ids))
-    cuts = [slice(s * len(ids) // n, (s + 1) * len(ids) // n) for s in range(n)]
+    thread, whose gradients are summed in a fixed order. Under mpirun each process takes a share of
+    the parts' rows, and all get the sum."""
+    first, end = (len(ids) * r // n_processes() for r in (rank(), rank() + 1))
+    n = min(n_shards(cfg), end - first)
+    cuts = [slice(first + s * (end - first) // n, first + (s + 1) * (end - first) // n)
+            for s in range(n)]
     losses, grads = zip(*parallel(
         lambda rows: loss_and_grads(params, ids[rows], targets[rows], cfg, ids.size), cuts,
         cfg.threads))
@@ -1183,7 +1190,7 @@ def batch_gradient(params, ids, targets, cfg):
         total[name][...] = functools.reduce(xp.add, [g[name] for g in grads])
 
     parallel(add_up, sorted(total, key=lambda name: -total[name].size), cfg.threads)
-    return sum(losses), flat
+    return summed(sum(losses), flat)
 
 
 def keep_freed_memory():
@@ -1195,6 +1202,61 @@ def keep_freed_memory():
         return
     mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest that it takes
     mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD
+
+
+# ---- several processes: mpirun -n 4 python sparsegpt.py -----------------------------------------
+# Each takes a share of every batch, and all update alike. The first of them logs and saves.
+
+@functools.cache
+def communicator():
+    """MPI's communicator under mpirun, or None. Raises UserError if mpi4py is missing there."""
+    if max(int(os.environ.get(name, 1)) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")) == 1:
+        return None
+    try:
+        from mpi4py import MPI
+    except ImportError as e:
+        raise UserError("mpirun needs mpi4py: pip install mpi4py") from e
+    return MPI.COMM_WORLD
+
+
+def n_processes():
+    return communicator().size if communicator() else 1
+
+
+def rank():
+    """The number of this process, from 0."""
+    return communicator().rank if communicator() else 0
+
+
+def summed(loss, flat):
+    """A loss and a flat gradient, summed over the processes in one call."""
+    if n_processes() == 1:
+        return loss, flat
+    both = np.append(to_host(flat), to_host(loss))
+    communicator().Allreduce(both.copy(), both)
+    return both[-1], xp.asarray(both[:-1])
+
+
+def anywhere(true):
+    """Whether something is true in any of the processes."""
+    return any(communicator().allgather(bool(true))) if n_processes() > 1 else bool(true)
+
+
+def ended(status):
+    """The exit status. If it is of a mistake or Ctrl-C, all processes end: none waits for this."""
+    if status > 1 and "mpi4py" in sys.modules:
+        communicator().Abort(status)
+    return status
+
+
+def follow(corpus, cfg, resume):
+    """What processes other than the first do: the same steps, and no output."""
+    flat, m, v, start = starting_state(cfg, resume, corpus.digest)
+    with tasks.interrupts_noted() as interrupts:
+        for _ in training_steps(flat, m, v, start, corpus.train, cfg):
+            if anywhere(interrupts):
+                break
+    sys.exit(0)
 
 
 # ---- parts of ops -------------------------------------------------------------------------------
@@ -1360,7 +1422,7 @@ def run(argv):
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a check that failed, 2 for a mistake,
     130 for Ctrl-C."""
-    return tasks.command("sparsegpt.py", run, argv)
+    return ended(tasks.command("sparsegpt.py", run, argv))
 
 
 # ---- the GPU ------------------------------------------------------------------------------------
@@ -1383,6 +1445,8 @@ def use_device(name):
                         f"{e}; install CuPy for your CUDA version (pip install cupy-cuda12x) or "
                         "set SPARSEGPT_DEVICE=cpu") from e
     xp = cupy
+    if rank():
+        cupy.cuda.Device(rank() % cupy.cuda.runtime.getDeviceCount()).use()
     return f"device: GPU through CuPy {cupy.__version__}"
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import doctest
 import functools
 import html.parser
+import importlib.util
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -761,7 +763,7 @@ def at_step(step, act):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("act, stops", [
-    (ctrl_c, [1]), (ctrl_c, [5, 8]), (ctrl_c, [11]), (lambda: 1 / 0, [7])])
+    (ctrl_c, [1]), (ctrl_c, [5, 8]), (ctrl_c, [10]), (lambda: 1 / 0, [7])])
 def test_a_resumed_run_equals_a_whole_one(prose, backend, dtype, act, stops, monkeypatch):
     """A crashed one goes on from its automatic save. Other data or another config is refused."""
     whole = sg.train(tiny(dtype=dtype, out="whole.npz"), log=quiet)
@@ -799,12 +801,21 @@ def test_config_and_data_alone_decide_a_run(prose):
     for row in model.text.astype(np.uint16):
         assert any(row.tobytes() in stream.tobytes() for stream in streams)
 
-@pytest.mark.parametrize("rows", [49, 2])  # in the end fewer than there are shards
-def test_the_shards_of_a_batch_add_up_to_its_gradient(rows):
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("rows", [49, 4])  # in the end fewer than there are shards
+def test_the_shards_of_a_batch_add_up_to_its_gradient(rows, processes, monkeypatch):
+    """Over the threads of a process, and over the processes of mpirun."""
     cfg = tiny(**{**WIDE, "batch_size": 49, "threads": 2})
     params, ids, targets = drawn(cfg, 2)
     batch = params, ids[:rows], targets[:rows], cfg
-    (loss, flat), (whole_loss, grads) = sg.batch_gradient(*batch), sg.loss_and_grads(*batch)
+    monkeypatch.setattr(sg, "n_processes", lambda: processes)
+    monkeypatch.setattr(sg, "summed", lambda loss, flat: (loss, flat))
+    parts = []
+    for i in range(processes):
+        monkeypatch.setattr(sg, "rank", lambda i=i: i)
+        parts.append(sg.batch_gradient(*batch))
+    loss, flat = map(sum, zip(*parts))
+    whole_loss, grads = sg.loss_and_grads(*batch)
     assert sg.n_shards(cfg) > 2 and loss == pytest.approx(whole_loss, rel=1e-12)
     assert np.allclose(flat, flat_of(grads), 1e-9, 1e-12)
 
@@ -1204,6 +1215,22 @@ def test_output_that_nobody_takes_does_not_end_the_work(prose, where, capsys, mo
             patch.setattr(sys, "stdout", stream)
             assert sg.main(line) == 2 * full
         assert capsys.readouterr().err.count("\n") == full and Path("model.npz").exists()
+
+@pytest.mark.skipif(not (shutil.which("mpirun") and importlib.util.find_spec("mpi4py")),
+                    reason="needs mpirun and mpi4py")
+def test_processes_of_mpirun_train_as_one(prose):
+    """The same losses and parameters to rounding, in one set of lines. A mistake ends them all."""
+    command = [sys.executable, sg.__file__, *flags(idioms=0.5, max_mb=0.02), "--batch_size=5"]
+    env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    runs = []
+    for mpirun in [], ["mpirun", "-n", "2"]:
+        done = subprocess.run([*mpirun, *command], env=env, capture_output=True, text=True)
+        runs.append((re.findall(r"^ +\d+ +\d\.\d+ .*\d\.\d{4} ", done.stdout, re.M),
+                     sg.load("model.npz").params))
+        Path("model.npz").unlink()
+    assert len(runs[0][0]) == 3 and runs[0][0] == runs[1][0]
+    assert all(np.allclose(w, runs[1][1][name], 1e-9, 1e-12) for name, w in runs[0][1].items())
+    assert subprocess.run(["mpirun", "-n", "2", *command, "--batch_size=1"], env=env).returncode
 
 def test_every_line_is_written_at_once():
     raw = io.BytesIO()
