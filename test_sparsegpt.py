@@ -1763,6 +1763,10 @@ def test_what_is_said_of_the_known_circuit_is_true(cues):
         assert example["margins"][row] == pytest.approx(margin, abs=2e-3)
         [[token, weight], *_] = head["attends"][row]["to"]
         assert tokens[1] == token == "<>"[row] and weight > 0.9
+        rows = head["attends"][row]["rows"]  # whole patterns, in percent: nothing looks ahead
+        assert [len(x) for x in rows] == list(range(1, 1 + len(tokens)))
+        assert rows[-1][1] == pytest.approx(100 * weight, abs=0.6)
+        assert all(sum(x) == pytest.approx(100, abs=len(x) / 2) for x in rows)
     assert len(checks) == 9 and checks.pop("necessity")["loss"] > 0.5
     assert all(check["passed"] for check in checks.values())
     own = r["losses"]["circuit"]["search"]["binary"]  # resampling is not the mean once more

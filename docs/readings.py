@@ -83,7 +83,8 @@ def pair_readings(model, mask, frozen, pair, overlap):
 
     example: {"prompts", "answers", "margins", "values": {node: [value by token, of each prompt]}}.
     heads: what each head of overlap, {(block, head): attention shared with the full model},
-    attends to from the deciding positions.
+    attends to from the deciding positions; "rows" is its whole pattern in percent, a row for each
+    token with its shares of the tokens up to there, and the rest in the sink.
     """
     cfg, params = model.cfg, prune.PlainRunner(model, frozen, pair).params(mask)
     logits, values, cache = trace(model, params, pair.ids, prune.Ablation(mask.nodes, frozen, cfg))
@@ -99,7 +100,9 @@ def pair_readings(model, mask, frozen, pair, overlap):
             w = weights[len(tokens) - 1]  # past the last token there is only the sink
             to = [[[*tokens, "sink"][min(t, len(tokens))], round(float(w[t]), 3)]
                   for t in np.argsort(-w, kind="stable")[:4] if w[t] >= 0.01]
-            attends.append(dict(context="".join(tokens[1:]), at=tokens[-1], to=to))
+            rows = [np.rint(100 * weights[t, :t + 1]).astype(int).tolist()
+                    for t in range(len(tokens))]
+            attends.append(dict(context="".join(tokens[1:]), at=tokens[-1], to=to, rows=rows))
         sink, table = (model.params.get(f"h{i}.attn.{name}") for name in ("sink", "relbias"))
         bias = np.zeros(0) if table is None else sg.to_host(table[head])[:pair.ids.shape[1]]
         nodes = [prune.node_name(n, cfg) for n in prune.head_nodes(mask, cfg, f"h{i}", head)]
