@@ -1832,12 +1832,33 @@ def test_the_drawings_have_every_node_and_edge_and_nothing_from_outside(cues, ch
     lit = {x for element in root.iter() for x in element.get("data-lit", "").split()}
     assert len(set(ids)) == len(ids) and lit <= set(ids)
     assert set(re.findall(NODE, " ".join(root.itertext()))) == NODES
+    values, attention = root.findall(".//div[@class='scroll']/table"), root.findall(".//table")[1:]
+    names = show.differing(plain.record["example"])
+    assert [row[0].text for row in values[0]][2:] == names
+    assert f"hidden: {len(NODES) - len(names)} nodes" in text and len(attention) == 2
+    assert '<pre class="panel" hidden>' in text and "print { .panel { display: none }" in text
     text = Path("drawn.dot").read_text("utf-8")
     boxes = re.findall(r'^(n\d+) \[label="((?:[^"\\]|\\\\)*)"\]$', text, re.M)
     boxes = {box: html.unescape(label.replace(r"\\", "\\")) for box, label in boxes}
     arrows = re.findall(r"^(n\d+) -> (n\d+) \[.*\]$", text, re.M)
     assert text.count("\n") == 2 + len(boxes) + len(arrows) and len(arrows) == len(links)
     assert {(boxes[a], boxes[b]) for a, b in arrows} == links and NODES <= set(boxes.values())
+
+@given(st.dictionaries(st.tuples(st.sampled_from("abcdef"), st.integers(0, 3)),
+                       st.floats(-3, 3).filter(lambda x: abs(x) > 0.1)), st.booleans())
+def test_tokens_share_a_box_only_if_they_share_their_wires(weights, after):
+    """Every token is in one box at most, and each of its wires has the sign of its weights."""
+    side, turn = (show.OUT, -1) if after else (show.IN, 1)
+    links = [(*(show.Box(side, "token", token), show.Box(show.FINAL, "final", c))[::turn], w)
+             for (token, c), w in weights.items()]
+    drawn = [(*link[:2][::turn], link[2]) for link in show.grouped(
+        sorted(links, key=lambda link: -abs(link[2])), weak=0)]
+    assert sum(len(box.channel) for box, _, _ in drawn) == len(links)
+    for box, node, weight in drawn:
+        assert all(weights[token, node.channel] * weight > 0 for token in box.channel)
+    boxes = {box for box, _, _ in drawn}
+    signs = {frozenset((n, w > 0) for b, n, w in drawn if b == box) for box in boxes}
+    assert len(signs) == len(boxes)
 
 
 # ---- circuits: files, command lines, the README -------------------------------------------------

@@ -161,13 +161,18 @@ def blocks(record, verbose, most=3):
     return out
 
 
+def differing(example):
+    """The names of the nodes that differ between two prompts, counted from the end."""
+    return [name for name, values in example["values"].items() if any(
+        abs(x - y) > 0.005 for x, y in zip(*(v[::-1] for v in values)))]
+
+
 def explain(example, columns=5):
     """Prompts through a circuit, as text: the value of each node at each token. Nodes that are
-    alike on the prompts of a pair, counted from the end, are left out."""
+    alike on the prompts of a pair are left out."""
     lines, names = [], list(example["values"])
     if len(example["prompts"]) == 2:
-        names = [name for name in names if any(
-            abs(x - y) > 0.005 for x, y in zip(*(v[::-1] for v in example["values"][name])))]
+        names = differing(example)
         if left := len(example["values"]) - len(names):
             lines.append(f"{left} nodes that do not differ between the prompts are left out")
     both = range(len(example["prompts"]))
@@ -214,13 +219,15 @@ CSS = """
 :root { --bg: #fff; --ink: 29 39 51; --pos: 0 98 168; --neg: 206 84 0; color-scheme: light }
 @media screen and (prefers-color-scheme: dark) { :root { --bg: #14181c; --ink: 227 232 237;
   --pos: 98 178 240; --neg: 240 146 60; color-scheme: dark } }
-body { margin: 0 auto; padding: 28px 32px; max-width: 1740px; background: var(--bg);
+body { margin: 0 auto; padding: 28px min(32px, 4vw); max-width: 1740px; background: var(--bg);
   color: rgb(var(--ink)); font: 14px/1.5 system-ui, "Helvetica Neue", Arial, sans-serif }
+h1, h2 { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 16px }
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 16px; margin: 26px 0 4px }
-p { margin: 4px 0 } a { color: rgb(var(--pos)) }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 14px 0 }
-pre, .tok { font: 11px/1.5 ui-monospace, Menlo, Consolas, monospace }
-.panel { border: 1px solid rgb(var(--ink) / .2); padding: 6px 14px }
+small { font-size: 14px; font-weight: 400 } p { margin: 4px 0 } a { color: rgb(var(--pos)) }
+pre { margin: 14px 0 } pre, .wide, .scroll { overflow: auto } .scroll { max-height: 80vh }
+pre, table, .tok { font: 11px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre }
+.panel { position: sticky; bottom: 0; max-height: 40vh; padding: 6px 14px; background: var(--bg);
+  border: 1px solid rgb(var(--ink) / .2) }
 .mute { color: rgb(var(--ink) / .65); font-size: 12px } .mute svg { margin: 0 8px 0 28px }
 svg { max-width: 100%; height: auto } text.mute { fill: rgb(var(--ink) / .65) }
 text { fill: rgb(var(--ink)); font-size: 11px; text-anchor: middle } .ch { font-weight: 600 }
@@ -228,7 +235,18 @@ path { fill: none; stroke: rgb(var(--ink) / .4) } .pos { stroke: rgb(var(--pos))
 .neg { stroke: rgb(var(--neg)); stroke-dasharray: 6 3 }
 rect { fill: var(--bg); stroke: rgb(var(--ink) / .4); rx: 5px }
 .soft { fill: rgb(var(--ink) / .05); stroke: rgb(var(--ink) / .12) }
-.graph:hover:has(.lit) [data-lit]:not(.lit) { opacity: .12 }"""
+.graph:hover:has(.lit) [data-lit]:not(.lit) { opacity: .12 }
+th { font-weight: 400; padding: 0 4px } tr :first-child { text-align: left }
+.scroll th:first-child { position: sticky; left: 0; background: var(--bg) }
+td { text-align: right; padding: 0 3px; background: rgb(var(--pos) / calc(.6 * var(--shade)));
+  color: rgb(var(--ink) / calc(.6 + 4 * var(--shade))); print-color-adjust: exact }
+td.neg { background: repeating-linear-gradient(135deg, rgb(var(--neg) / calc(.5 * var(--shade)))
+  0 5px, rgb(var(--neg) / calc(.3 * var(--shade))) 5px 8px) }
+.heads, .heads div { display: flex; flex-wrap: wrap; align-items: start; gap: 14px }
+.heads { column-gap: 40px } .heads td { min-width: 10px; height: 16px }
+.heads tr:first-child th { writing-mode: vertical-rl; padding: 4px 0 }
+@media print { .panel { display: none } .graph { min-width: 0 !important }
+  pre { white-space: pre-wrap } .scroll { max-height: none } }"""
 SCRIPT = """
 const graph = document.querySelector(".graph"), [panel, listing] = document.querySelectorAll("pre")
 for (const box of graph?.querySelectorAll("a") ?? []) box.onmouseenter = () => {
@@ -260,11 +278,12 @@ def visible(text, space=" ", most=999):
     return html.escape(text if len(text) <= most else text[:most - 1] + "…")
 
 
-def document(title, *body):
-    """A whole HTML page."""
+def document(title, *body, note=""):
+    """A whole HTML page, with a note beside its title."""
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f"<title>{visible(title)}</title>\n<style>{CSS}</style></head>\n<body>"
-            f"<h1>{visible(title)}</h1>\n{''.join(body)}</body></html>\n")
+            f"<h1>{visible(title)} <small>{visible(note)}</small></h1>\n"
+            f"{''.join(body)}</body></html>\n")
 
 
 def graph(record):
@@ -287,13 +306,25 @@ def graph(record):
     return boxes, sorted(links, key=lambda link: -abs(link[2]))
 
 
-def heaviest(links, most=12):
-    """The links less those of all but the `most` heaviest tokens of each side."""
+def grouped(links, most=10, weak=1 / 3):
+    """The links, with one box, of a tuple of texts, for tokens that are linked to the same nodes
+    with the same signs. So that few wires cross, a token's link weaker than `weak` of its node's
+    heaviest is left out, and so are all but the `most` heaviest boxes of each side."""
     for side, end in ((IN, 0), (OUT, 1)):
-        tokens = dict.fromkeys(link[end] for link in links if link[end].column == side)
-        hidden = list(tokens)[most:]
-        links = [link for link in links if link[end] not in hidden]
-    return links
+        weights, largest, groups = defaultdict(dict), {}, defaultdict(list)
+        for link in (link for link in links if link[end].column == side):  # the heaviest first
+            token, node, weight = link[end], link[1 - end], link[2]
+            if abs(weight) >= weak * largest.setdefault(node, abs(weight)):
+                weights[token][node] = weight
+        for token, row in weights.items():
+            groups[frozenset((node, weight > 0) for node, weight in row.items())].append(token)
+        links = [link for link in links if link[end].column != side]
+        for tokens in list(groups.values())[:most]:
+            box = Box(side, "token", tuple(token.channel for token in tokens))
+            for node in weights[tokens[0]]:
+                ends = (box, node) if side == IN else (node, box)
+                links.append((*ends, fmean(weights[token][node] for token in tokens)))
+    return sorted(links, key=lambda link: -abs(link[2]))
 
 
 def route(boxes, columns, links):
@@ -312,7 +343,7 @@ def route(boxes, columns, links):
 def arrange(heads, hops):
     """{Box: y}, near the mean of the boxes that each is linked to. heads: {Box: (column, head), or
     itself}; the boxes of a head stay together, below its label."""
-    near, y = {box: [] for box in heads}, {box: i * ROW for i, box in enumerate(heads)}
+    near, y = {box: [] for box in heads}, dict.fromkeys(heads, 0)
     for a, b in hops:
         near[a].append(b)
         near[b].append(a)
@@ -341,9 +372,10 @@ def arrange(heads, hops):
 def picture(record):
     """The circuit as inline SVG. data-lit: the ids of the boxes that light up a box or a wire."""
     boxes, links = graph(record)
-    ids, links = {box: f"n{i}" for i, box in enumerate(boxes)}, heaviest(links)
+    links = grouped(links)
     nodes, d_head = [box for box in boxes if boxes[box]], record["model"]["config"]["d_head"]
-    drawn = [*nodes, *(box for link in links for box in link[:2])]
+    drawn = list(dict.fromkeys([*nodes, *(box for link in links for box in link[:2])]))
+    ids = {box: f"n{i}" for i, box in enumerate(drawn)}
     columns = sorted({box.column for box in drawn})
     hops = route(drawn, columns, links)
     heads = {box: box for box in [*drawn, *(box for hop in hops for box in hop)]}
@@ -351,25 +383,29 @@ def picture(record):
     y = arrange(heads, hops)
     if not y:
         return "<p>No node is needed: the bigram table and the frozen values do the task.</p>"
-    top, tall, mid = min(y.values()) - 68, max(y.values()) - min(y.values()) + 98, WIDE / 2
+    top, tall = min(y.values()) - 68, max(y.values()) - min(y.values()) + 98
     pitch = max(104, min(170, 1330 // len(columns)), tall // 12)  # steep wires need room
-    x = {column: i * pitch for i, column in enumerate(columns)}
-    wide, out = x[columns[-1]] + WIDE + 24, []
+    x = {column: i * pitch - WIDE * (column == IN) for i, column in enumerate(columns)}
+    width = {column: WIDE * (1 + (column in (IN, OUT))) for column in columns}
+    left, out = x[columns[0]] - 12, []
+    wide = x[columns[-1]] + width[columns[-1]] + 12 - left
     for column in columns:
-        out.append(f'<text class="mute" x="{x[column] + mid}" y="{top + 20:.0f}">{column[2]}'
-                   "</text>")
+        out.append(f'<text class="mute" x="{x[column] + width[column] / 2}" y="{top + 20:.0f}">'
+                   f"{column[2]}</text>")
     for column, head in {heads[box]: None for box in nodes if heads[box] != box}:
         ys = [y[box] for box in nodes if heads[box] == (column, head)]
         out.append(f'<rect class="soft" data-lit="" x="{x[column] - 7}" y="{min(ys) - 38:.1f}" '
-                   f'width="{WIDE + 14}" height="{max(ys) - min(ys) + 61:.1f}"/><text x="'
-                   f'{x[column] + mid}" y="{min(ys) - 23:.1f}" class="mute">head {head}</text>')
+                   f'width="{WIDE + 14}" height="{max(ys) - min(ys) + 61:.1f}"/>'
+                   f'<text class="mute" x="{x[column] + WIDE / 2}" y="{min(ys) - 23:.1f}">'
+                   f"head {head}</text>")
     lit, largest = {box: {box} for box in y}, Counter()
     for (a, b), (weight, ends) in hops.items():
         largest[a.column[1]] = max(largest[a.column[1]], abs(weight))
         lit[a] |= ends
         lit[b] |= ends
     for (a, b), (weight, ends) in reversed(hops.items()):  # the heaviest are drawn last, on top
-        start, end = x[a.column] + WIDE * bool(a.site), x[a.column] + WIDE
+        end = x[a.column] + width[a.column]
+        start = end if a.site else x[a.column]
         dx, dy = x[b.column] - end, y[b] - y[a]
         out.append(f'<path class="{"pos" if weight > 0 else "neg" if weight else ""}" '
                    f'data-lit="{" ".join(sorted(ids[box] for box in ends))}" '
@@ -377,21 +413,80 @@ def picture(record):
                    f'd="M{start} {y[a]:.1f}H{end}c{dx / 2} 0 {dx / 2} {dy:.1f} {dx} {dy:.1f}"/>')
     most = max(node["importance"] for node in record["nodes"])
     for box in (box for box in y if box.site):
-        title, text, kind, low, shade = "", visible(box_name(box), "␣", 9), "soft", 4, 1
-        if node := boxes[box]:
-            title, kind, low = box.channel, "", 11
+        title, kind, low, shade = "", "soft", 4, 1
+        if node := boxes.get(box):
+            name, title, kind, low = box_name(box), box.channel, "", 11
             shade = 0.45 + 0.55 * min(1, max(0, node["importance"]) / (most or 1))
             if heads[box] != box:
                 title = f"{box.site[-1]}.{box.channel}"
             text = "".join(visible(row[1], "␣", 9) for row in node["task"]["high"][:1])
-        lights = " ".join(sorted(ids[b] for b in lit[box]))
+        else:
+            texts = [one_line(text, "␣") for text in box.channel]
+            name, text = "  ".join(texts), visible("  ".join(texts[:3]), most=14)
+            text += f" +{len(texts) - 3}" * (len(texts) > 3)
+        mid, lights = width[box.column] / 2, " ".join(sorted(ids[b] for b in lit[box]))
         out.append(f'<a id="{ids[box]}" opacity="{shade:.2f}" data-lit="{lights}" '
                    f'transform="translate({x[box.column]} {y[box]:.1f})"><title>'
-                   f'{visible(box_name(box))}</title><rect class="{kind}" y="-{HIGH / 2}" '
-                   f'width="{WIDE}" height="{HIGH}"/><text class="ch" x="{mid}" y="-3">{title}'
-                   f'</text><text class="tok" x="{mid}" y="{low}">{text}</text></a>')
-    return (f'<svg class="graph" viewBox="-12 {top:.0f} {wide:.0f} {tall:.0f}" width="{wide:.0f}">'
-            + "\n".join(out) + "</svg>\n")
+                   f'{visible(name)}</title><rect class="{kind}" y="-{HIGH / 2}" '
+                   f'width="{2 * mid:.0f}" height="{HIGH}"/><text class="ch" x="{mid}" y="-3">'
+                   f'{title}</text><text class="tok" x="{mid}" y="{low}">{text}</text></a>')
+    return (f'<div class="wide"><svg class="graph" viewBox="{left} {top:.0f} {wide} {tall:.0f}" '
+            f'width="{wide}" style="min-width: {0.7 * wide:.0f}px">' + "\n".join(out)
+            + "</svg></div>\n")
+
+
+def table_row(heading, cells):
+    """A row of a table: its heading, and a cell for each (-1 to 1 as colour, title, text)."""
+    return f"<tr>{headings([heading])}" + "".join(
+        f'<td class="{"neg" if shade < 0 else ""}" style="--shade:{abs(shade):.2f}" '
+        f'title="{visible(title)}">{text}</td>' for shade, title, text in cells) + "</tr>\n"
+
+
+def headings(texts):
+    """Texts as headings of a table."""
+    return "".join(f"<th>{visible(text, '␣')}</th>" for text in texts)
+
+
+def heat_map(example):
+    """A table of the nodes' values on the two prompts. Its colours show where they differ."""
+    names, rows = differing(example), []
+    if not names:
+        return ""
+    for name in names:
+        cells, sides = [], example["values"][name]
+        for own, other in (sides, sides[::-1]):
+            other = ["none"] * (len(own) - len(other)) + other[-len(own):]  # from the end
+            gaps = [0 if y == "none" else x - y for x, y in zip(own, other)]
+            largest = max(map(abs, gaps))
+            cells += [(0, "", ""), *((gap / largest, f"{x}; other prompt {y}", f"{x:.2f}")
+                                     for gap, x, y in zip(gaps, own, other))]
+        rows.append(table_row(name, cells))
+    one, two = example["prompts"]
+    answers = "".join(f'<th></th><th colspan="{len(tokens)}">answer {visible(answer, "␣")} (margin '
+                      f"{margin:+.2f})</th>" for tokens, answer, margin in zip(
+                          (one, two), example["answers"], example["margins"]))
+    return ('<h2>Values on the two prompts</h2><p class="mute">colour: the value less that on the '
+            "other prompt, counted from the end (blue: higher; orange, striped: lower), relative "
+            f"to the row's largest; hidden: {len(example['values']) - len(names)} nodes that do "
+            f'not differ</p><div class="scroll"><table><tr><th></th>{answers}</tr>\n<tr>'
+            f"{headings(['', '', *one, '', *two])}</tr>\n{''.join(rows)}</table></div>\n")
+
+
+def attention_maps(record):
+    """Tables of what each head of a circuit looks at on the two prompts."""
+    out = ['<h2>Attention</h2><p class="mute">row: the token that looks; column: the one it looks '
+           'at; the rest of a row is in the sink</p><div class="heads">']
+    for head in record["heads"]:
+        out.append("<div>")
+        for tokens, attends in zip(record["example"]["prompts"], head["attends"]):
+            out.append(f"<table><caption>{visible(head['name'])}</caption>"
+                       f"<tr>{headings(['', *tokens])}</tr>\n")
+            out += [table_row(query, ((x / 100, f"{query} looks at {key}: {x}%", "")
+                                      for key, x in zip(tokens, row)))
+                    for query, row in zip(tokens, attends.get("rows", ()))]  # older files: none
+            out.append("</table>")
+        out.append("</div>")
+    return "".join(out) + "</div>\n" if record["heads"] else ""
 
 
 def summary_page(rows):
@@ -403,25 +498,28 @@ def summary_page(rows):
     drawn = {c.task: picture(c.record) if len(c.nodes) <= 120 else "<p>Too large to be seen here."
              for c in found}
     return document("Circuits", f"<pre>{text}</pre>", *(
-        f'<h2 id="{c.task}">{c.task}</h2><p>{visible(c.record["doc"])}</p>{drawn[c.task]}'
+        f'<h2 id="{c.task}">{c.task} <small>{visible(check_line(c.record["checks"]))}</small></h2>'
+        f'<p>{visible(c.record["doc"])}</p>{drawn[c.task]}'
         for c in found))
 
 
 def page(circuit):
-    """A circuit as a self-contained HTML page: its picture above its listing."""
+    """A circuit as a self-contained HTML page: its picture, values and attention, its listing."""
     record = circuit.record
-    text = f"{listing(circuit, verbose=True)}\n\n{explain(record['example'])}"
     wires = (("pos", "positive weight (width: relative to the largest of its kind)"),
              ("neg", "negative weight"), ("", "residual channel"))
     return document(
         circuit.task, f"<p>{visible(record['doc'])}</p>\n",
-        *(f"<p>{visible(line(record['checks']))}</p>" for line in (check_line, control_line)),
+        f"<p>{visible(control_line(record['checks']))}</p>",
         '<p class="mute">box: channel, and the token with its highest value; the fainter, the '
-        "less important; at most 12 tokens a side", *(
+        "less important; tokens of the same wires share a box; not drawn: weights of tokens under "
+        "a third of their node's largest, and all but 10 boxes a side", *(
             f'<svg width="32" height="8"><path class="{kind}" d="M0 4H32"/></svg>{what}'
             for kind, what in wires), "</p>\n",
-        picture(record), '<pre class="panel" hidden></pre>\n<pre>',
-        "\n".join(map(visible, text.split("\n"))), f"</pre><script>{SCRIPT}</script>")
+        picture(record), '<pre class="panel" hidden></pre>\n', heat_map(record["example"]),
+        attention_maps(record), "<pre>",
+        "\n".join(map(visible, listing(circuit, verbose=True).split("\n"))),
+        f"</pre><script>{SCRIPT}</script>", note=check_line(record["checks"]))
 
 
 def dot(record):
