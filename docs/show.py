@@ -462,13 +462,13 @@ def heat_map(example):
                                      for gap, x, y in zip(gaps, own, other))]
         rows.append(table_row(name, cells))
     one, two = example["prompts"]
-    answers = "".join(f'<th></th><th colspan="{len(tokens)}">answer {visible(answer, "␣")} (margin '
-                      f"{margin:+.2f})</th>" for tokens, answer, margin in zip(
-                          (one, two), example["answers"], example["margins"]))
+    answers = [f'<th></th><th colspan="{len(tokens)}">answer {visible(answer, "␣")} (margin '
+               f"{margin:+.2f})</th>" for tokens, answer, margin in zip(
+                   (one, two), example["answers"], example["margins"])]
     return ('<h2>Values on the two prompts</h2><p class="mute">colour: the value less that on the '
             "other prompt, counted from the end (blue: higher; orange, striped: lower), relative "
             f"to the row's largest; hidden: {len(example['values']) - len(names)} nodes that do "
-            f'not differ</p><div class="scroll"><table><tr><th></th>{answers}</tr>\n<tr>'
+            f'not differ</p><div class="scroll"><table><tr><th></th>{"".join(answers)}</tr><tr>'
             f"{headings(['', '', *one, '', *two])}</tr>\n{''.join(rows)}</table></div>\n")
 
 
