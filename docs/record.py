@@ -35,7 +35,7 @@ RECORD = {
     "groups": [{"nodes": [str], "effect": float}],
     "heads": [{"name": str, "nodes": [str], "sink": NUMBER, "overlap": float,
                "distances": [(int, float)],
-               "attends": [{"context": str, "at": str, "to": [(str, float)]}]}],
+               "attends": [{"context": str, "at": str, "to": [(str, float)], "rows": [[int]]}]}],
     "example": {"prompts": ([str], [str]), "answers": (str, str), "margins": (float, float),
                 "values": {str: ([float], [float])}}}
 
