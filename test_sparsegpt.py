@@ -2126,8 +2126,8 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys, mon
     line = "model.npz model.npz --out c"
     out = run(line)
     assert "WARNING" not in out and out.count(" left\n") == 3
-    ratios = re.findall(r"([\d.]+) +([\d.]+) +([\d.]+) \(x/ 1.00\)", out)
-    assert len(ratios) == 5 and all(a == b and c == "1.00" for a, b, c in ratios)
+    ratios = re.findall(r"([\d.]+) +([\d.]+) +([\d.]+) +1.00 to 1.00 +1.00\n", out)
+    assert len(ratios) == 6 and all(a == b and c == "1.00" for a, b, c in ratios)
     [row] = [row for row in json.loads(path.read_text())["rows"] if row["task"] == "cue"]
     assert row["cleaned"]["edges"] == 6 and f"{row['full']:.3f}" in out
     page("c/compare.html")
@@ -2172,9 +2172,11 @@ def test_seeds_of_a_model_are_pooled_and_shown_apart():
                  points=[dict(target=0.15, edges=n)] * (n is not None))
             for name, two in edges.items() for task, n in zip(("for_while", "var_if"), two)]
     text = compare.comparison(kinds[::-1], rows, 0.15)
-    assert re.search(r"learned masks +3 +32.0 +2.0 +16.00 \(x/ 5.46\)  5.66 128.00\n", text)
+    assert re.search(r"masks +3 +32.0 +2.0 +16.00 +16.00 to 16.00 +16.00  5.66 128.00\n", text)
     assert re.search(r"var_if +0.100/0.100 +32/7 +-/- +0.100/0.100 +2/- +-/-\n", text)
     assert re.search(r"\nB +4 +0.500 +0.250$", text) and "WARNING" not in text
+    low, high = compare.interval([0, 0, 6], "aab")  # means over aa, ab and bb: 0, 2 and 6
+    assert low == 0 and high == pytest.approx(6)
     short, long = sg.Config(steps=10, seed=1, out="short.npz"), sg.Config()
     assert compare.kind_of(short) == compare.kind_of(long)  # equal loss may take fewer steps
     assert compare.kind_of(dataclasses.replace(short, lr=1.0)) != compare.kind_of(long)

@@ -194,6 +194,16 @@ def edges_of(row, kind, target):
     return next((p["edges"] for p in row[kind] if p["target"] == target), None)
 
 
+def interval(values, groups, draws=10_000):
+    """The 95 % bootstrap interval of a mean, with whole groups drawn anew."""
+    names = sorted(set(groups))
+    sums = np.array([[sum(x for x, g in zip(values, groups) if g == name), groups.count(name)]
+                     for name in names])
+    picks = np.random.default_rng(0).integers(0, len(names), (draws, len(names)))
+    total, n = sums[picks].sum(1).T
+    return np.percentile(total / n, [2.5, 97.5])
+
+
 def comparison(kinds, rows, target):
     """The tables of `compare`, as text. Kinds of models are A, B and so on; seeds are pooled."""
     by = {(row["model"], row["task"]): row for row in rows}
@@ -217,35 +227,36 @@ def comparison(kinds, rows, target):
     def means(title, choices):
         """Lines of geometric means over the tasks that all models of a run reach."""
         lines = ["", f"{title:<22} tasks" + "".join(f"{'edges ' + c:>10}" for c in letters)
-                 + "".join(f"{'A/' + c:>8} (spread)" + "  by seed" * (len(runs) > 1)
-                           for c in letters[1:])]
-        for label, kind, at in choices:
-            logs = []  # of each run, log edges [task, kind]
-            for run in runs:
-                edges = [[edges_of(row_of(m, task), kind, at) for m in run] for task in names]
-                edges = [[max(1, n) for n in line] for line in edges if None not in line]
-                logs.append(np.log(edges).reshape(-1, len(kinds)))
-            pooled = np.concatenate(logs)
-            if not len(pooled):
+                 + "".join(f"{'A/' + c:>8} {'95 % interval':>15} {'median':>7}"
+                           + "  by seed" * (len(runs) > 1) for c in letters[1:])]
+        for label, which, at, least in choices:
+            found = [(i, task, edges) for i, run in enumerate(runs) for task in names
+                     if None not in (edges := [edges_of(row_of(m, task), which, at) for m in run])
+                     and min(edges) >= least]
+            if not found:
                 continue
-            line = f"{label:<22} {len(pooled):>5}"
-            line += "".join(f"{x:>10.1f}" for x in np.exp(pooled.mean(0)))
+            seeds, tasks_, edges = zip(*found)
+            seeds, logs = np.array(seeds), np.log(np.maximum(1, edges))  # [found, kind]
+            line = f"{label:<22} {len(found):>5}"
+            line += "".join(f"{x:>10.1f}" for x in np.exp(logs.mean(0)))
             for i in range(1, len(kinds)):
-                ratio = pooled[:, 0] - pooled[:, i]
-                line += f"{np.exp(ratio.mean()):>8.2f} (x/ {np.exp(ratio.std()):.2f})"
+                ratio = logs[:, 0] - logs[:, i]
+                ends = "{:.2f} to {:.2f}".format(*np.exp(interval(ratio, tasks_)))
+                line += f"{np.exp(ratio.mean()):>8.2f} {ends:>15} {np.exp(np.median(ratio)):>7.2f}"
                 if len(runs) > 1:
-                    line += "  " + " ".join(f"{np.exp((x[:, 0] - x[:, i]).mean()):.2f}"
-                                            if len(x) else "-" for x in logs)
+                    line += "  " + " ".join(f"{np.exp(ratio[seeds == j].mean()):.2f}"
+                                            if j in seeds else "-" for j in range(len(runs)))
             lines.append(line)
         return lines
 
-    out += means("target", [(f"{t:g}", "points", t) for t in SWEEP])
-    out += means(f"at {target:g}", [("learned masks", "points", target),
-                                    ("the same, cleaned", "cleaned", target),
-                                    ("attribution", "by_attribution", target)])
+    out += means("target", [(f"{t:g}", "points", t, 0) for t in SWEEP])
+    out += means(f"at {target:g}", [("learned masks", "points", target, 0),
+                                    ("without 0 edges", "points", target, 1),
+                                    ("cleaned", "cleaned", target, 0),
+                                    ("attribution", "by_attribution", target, 0)])
     wide, cell = (9, 8) if len(runs) == 1 else (18, 8 * len(runs))
     out += ["edges: geometric means over the tasks (of every seed) that all models reach; 0 "
-            "counts as 1", "spread: one standard deviation of the ratios, as a factor", "",
+            "counts as 1", "interval: of the mean ratio, if the tasks were drawn anew", "",
             f"{f'at {target:g}':<28}" + "".join(
                 f"{'loss ' + c:>{wide}}{'edges':>{cell}}{'cleaned':>{cell}}" for c in letters)]
     for task in names:
