@@ -1620,7 +1620,7 @@ def test_no_circuit_is_found_where_there_is_none(cues, monkeypatch):
         goals.clear()
         found = prune.search(task, quiet)
         assert (found.mask is None) == (found.loss > FEW.target) == (task is not true)
-        assert goals[0] == pytest.approx(0.135)
+        assert goals[0] == pytest.approx(0.075, abs=2e-4)
     assert nonsense.full_loss() > 2 and inverted.full_loss() > 2
     for name, w in context.model.params.items():
         dealt = control.model.params[name]
@@ -2118,7 +2118,7 @@ def test_a_curve_reaches_its_targets_and_only_grows(brief, monkeypatch, ablation
     monkeypatch.setattr(compare, "SWEEP", (0.3, 0.99 * full))
     monkeypatch.setattr(compare, "AIMS", (1.05 * full, 0.9 * full, 0.8 * full))
     assert [target for target, *_ in compare.curve(task, progress)] == [0.3]
-    assert goals == pytest.approx([1.025 * full, 0.81 * full])
+    assert goals == pytest.approx([1.025 * full, 0.45 * full])
 
 def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys, monkeypatch):
     """A model against itself is 1 to 1; models of unequal loss are said not to match."""
