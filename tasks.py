@@ -944,15 +944,21 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text):
+        self.attempt(self.stream.write, printable(text, self.keep))
+        if "\n" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act, *args):
         try:
-            self.stream.write(printable(text, self.keep))
-            if "\n" in text:
-                self.stream.flush()
+            act(*args)
         except OSError as e:
             self.error = self.error or e
             # Else Python would fail to write the rest at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        return len(text)
 
 
 class Parser(argparse.ArgumentParser):
