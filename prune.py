@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import shlex
 import sys
+import threading
 import time
 from collections import defaultdict
 from concurrent import futures
@@ -565,9 +566,6 @@ class Progress:
 
     def __call__(self, stage, done, total, note=""):
         """Say that `done` of `total` of a stage are done."""
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():
-            os._exit(1)  # nobody is left to take the result
         now = time.perf_counter()
         if stage != self.stage:
             self.stage, self.began = stage, now
@@ -803,9 +801,9 @@ class SearchResult(NamedTuple):
 
 def training_target(target, full):
     """The loss that masks are trained to, for a target and the full model's loss: midway. Masks
-    that are trained to nearly the target end over it about half of the time. Their ranking may then
-    need all nodes, and differs more between seeds: see docs/defaults.md. A control, whose full
-    model is over the target, is treated like a task that the model does perfectly."""
+    that are trained to nearly the target end over it about half of the time. Their ranking may
+    then need all nodes, and differs more between seeds: see docs/defaults.md. A control, whose
+    full model is over the target, is treated like a task that the model does perfectly."""
     return (target + (full if full < target else 0)) / 2
 
 
@@ -951,17 +949,18 @@ def on_cores(fn, items, workers):
         yield from map(fn, items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    pool = futures.ProcessPoolExecutor(min(workers, len(items)), context, start_worker,
-                                       [tasks.added])
+    with tasks.signals_blocked():  # also in the process that watches over semaphores
+        pool = futures.ProcessPoolExecutor(min(workers, len(items)), context, start_worker,
+                                           [tasks.added])
     before = set(multiprocessing.active_children())
     try:
-        with tasks.signals_blocked():  # by the workers too, which begin here: they are for us
+        with tasks.signals_blocked():  # also in the workers, which begin here: they are for us
             jobs = [pool.submit(fn, item) for item in items]
         for job in futures.as_completed(jobs):
             yield job.result()
     except futures.process.BrokenProcessPool as e:
         raise sg.UserError(
-            "a worker process ended before its work was done; a script that uses workers must be "
+            "a worker process was killed, or could not start; a script that uses workers must be "
             'a file, with all that it does under if __name__ == "__main__"') from e
     except BaseException:
         for process in set(multiprocessing.active_children()) - before:
@@ -973,6 +972,11 @@ def on_cores(fn, items, workers):
 
 def start_worker(added):
     """What a worker process does first. added: files with tasks of one's own."""
+    def end_with_parent():  # nobody is left to take the results
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     for path in added:
         tasks.load(path)
     sg.keep_freed_memory()
@@ -998,7 +1002,7 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, sh
     if (context.fingerprint, context.ablation) != (fingerprint(model), settings.ablation):
         raise sg.UserError("the context is of another model, or of another ablation")
     task = PruningTask(model, context.frozen, name, settings)
-    if (full := task.full_loss()) > settings.target:
+    if not (full := task.full_loss()) <= settings.target:  # NaN is neither
         raise CannotPrune(f"the full model's loss on {name} is {full:.3f}, over the target of "
                           f"{settings.target:g}")
     jobs = [("circuit", task, 0)]
@@ -1210,6 +1214,8 @@ def load(path):
         if record.pop("format") != FORMAT:
             raise ValueError("it is of another version")
         cfg = sg.Config(**record["model"]["config"])
+        if not record["task"].isidentifier() or record["settings"]["ablation"] == "resample":
+            raise ValueError("there is no such search")
         if dataclasses.asdict(cfg) != record["model"]["config"] or sg.n_params(cfg) > 1 << 30:
             raise ValueError("its model's config is incomplete or too large")
         nodes = np.zeros(n_nodes(cfg), bool)
@@ -1223,8 +1229,6 @@ def load(path):
             edges[name][i - m.source.start, j - m.target.start] = True
         circuit = Circuit(record.pop("task"), Settings(**record.pop("settings")),
                           CircuitMask(nodes, edges), record)
-        if not isinstance(circuit.task, str):
-            raise ValueError("it names no task")
         records.check(record, [node_name(n, cfg) for n in np.flatnonzero(nodes)])
         return circuit
     except FileNotFoundError as e:
@@ -1237,19 +1241,28 @@ def load(path):
 
 
 def verify(circuit, context):
-    """Compute every loss of a circuit again, and read its weights off the model. Returns a line
-    for each that differs from the file by more than 1e-4; rounding differs between machines."""
+    """Compute the losses of a circuit and of the full model again, and read weights, means and
+    sizes off the model; not what checks and cleaning measured. Returns a line for each that
+    differs from the file by more than 1e-4; rounding differs between machines."""
     task = PruningTask(context.model, context.frozen, circuit.task, circuit.settings)
-    again, said = losses(task, circuit.mask), circuit.record["losses"]
+    again, r, said = losses(task, circuit.mask), circuit.record, circuit.record["losses"]
     pairs = {f"{which}, {split} prompts, {name}": (said[which][split][name], new)
              for which, by_split in again.items() for split, score in by_split.items()
              for name, new in score.items()}
-    links = readings.connections(context.model, circuit.mask, task.pool)
-    for kind in ("edges", "embed", "unembed"):
-        old, new = ({tuple(end for key, end in e.items() if key != "weight"): e["weight"]
-                     for e in some} for some in (circuit.record[kind], links[kind]))
-        pairs |= {f"{kind}, {' '.join(ends)}": (old.get(ends, math.nan), new.get(ends, math.nan))
-                  for ends in old.keys() | new.keys()}
+    for kind, links in readings.connections(context.model, circuit.mask, task.pool).items():
+        old, new = (sorted(([e[key] for key in ("from", "token", "to") if key in e],
+                            e.get("weight", 0)) for e in some) for some in (r[kind], links))
+        pairs[f"the number of {kind}"] = len(old), len(new)
+        pairs |= {f"{kind}, {' '.join(a)}": (w, v if a == b else math.nan)
+                  for (a, w), (b, v) in zip(old, new)}
+    for node in r["nodes"]:
+        mean = context.frozen[node_number(node["name"], context.model.cfg)]
+        pairs[f"the mean of {node['name']}"] = node["mean"], float(mean)
+    sizes_ = *task.size(circuit.mask), *task.size(every_node(context.model.cfg))
+    pairs |= {name: (r["size"][name], n)
+              for name, n in zip(("nodes", "edges", "model_nodes", "model_edges"), sizes_)}
+    pairs |= {f"{split} prompts": (r["prompts"][split], len(prompts.last))
+              for split, prompts in (("search", task.judged), ("held", task.held))}
     return [f"{name}: the file says {old}, the model gives {new}"
             for name, (old, new) in pairs.items() if not abs(old - new) <= 1e-4]
 
@@ -1330,7 +1343,7 @@ def make_parser():
                         help="with --ask or --trace: the two to compare")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", metavar="FILE", help="compute a saved circuit's losses again")
-    modes.add_argument("--explain", nargs="?", const="", metavar="PROMPT", help="print the values "
+    modes.add_argument("--explain", nargs="?", metavar="PROMPT", help="print the values "
                        "of the saved circuit's nodes on a pair of prompts, or on PROMPT")
     modes.add_argument("--trace", metavar="PROMPT", help="the paths through the full model that "
                        "make it prefer its likeliest token after PROMPT; no task is needed")
@@ -1382,8 +1395,8 @@ TAKES = dict(check={"model"}, trace={"model", "answers"}, explain={"task", "mode
 def run(argv):
     """What `main` does, if nothing goes wrong."""
     given = vars(make_parser().parse_args(argv))
-    if "tasks" in given:
-        tasks.load(given.pop("tasks"))
+    if (own_tasks := given.pop("tasks", None)) is not None:
+        tasks.load(own_tasks)
     [mode] = given.keys() & TAKES or ["search"]
     if more := given.keys() - TAKES.get(mode, given) - {mode}:
         raise sg.UserError(f"--{mode} takes no {'' if more == {'task'} else '--'}{min(more)}")
@@ -1396,19 +1409,23 @@ def run(argv):
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
     sg.keep_freed_memory()
     circuit = load(path) if mode in ("check", "explain", "ask") else None
-    model = load_model(given.get("model") or sg.default_model())
-    if circuit and circuit.record["model"]["fingerprint"] != fingerprint(model):
+    model = load_model(given["model"] if "model" in given else sg.default_model())
+    own = dict(threads=0, out="")  # what a fingerprint does not depend on
+    if circuit and (circuit.record["model"]["fingerprint"] != fingerprint(model)
+                    or circuit.record["model"]["config"] | own
+                    != dataclasses.asdict(model.cfg) | own):
         raise sg.UserError(f"{path} is a circuit of another model, not of {model.cfg.out}; name "
                            f"its own with --model: it was {circuit.record['model']['path']}")
     if circuit and task not in (None, circuit.task):
         raise sg.UserError(f"{path} is a circuit of {circuit.task}")
     if mode == "check":
         wrong = verify(circuit, ModelContext(model, circuit.settings.ablation))
-        print("\n".join(wrong or [f"{path}: every loss is reproduced"]))
+        print("\n".join(wrong or [f"{path}: its losses and weights are reproduced"]))
         return int(bool(wrong))
     if mode == "explain":
         text = given["explain"]
-        print(explain(ask.walk(circuit, model, text) if text else circuit.record["example"]))
+        print(explain(circuit.record["example"] if text is None else
+                      ask.walk(circuit, model, text)))
     elif mode == "ask":
         print("\n".join(ask.ask(circuit, model, given["ask"], given.get("answers"))))
     elif mode == "trace":
@@ -1425,7 +1442,11 @@ def run(argv):
     else:
         if sg.rank():
             return len([*on_cores(None, (), sg.n_processes())])  # work until the first has ended
-        tasks.check_output(path)
+        for name in tasks.TASKS if task == "all" else [task]:
+            path = Path(folder, f"{name}.json")
+            tasks.check_output(path)
+            if path.exists() and b'"format": "sparsegpt-circuit' not in path.read_bytes()[:99]:
+                raise sg.UserError(f"{path} exists but is not a circuit; choose another --out")
         context, seeds = ModelContext(model, settings.ablation), given.get("seeds", 2)
         workers = max(model.cfg.threads or sg.n_cores(), sg.n_processes())
         with tasks.locked(folder):
@@ -1437,6 +1458,8 @@ def run(argv):
         print(listing(circuit, "verbose" in given))
         flags = {name: f" --{name} {shlex.quote(given[name])}"
                  for name in ("model", "out") if name in given}
+        if own_tasks is not None:
+            flags["model"] = f" --tasks {shlex.quote(own_tasks)}" + flags.get("model", "")
         print(f"\nwrote {path}, .html and .dot; {show.next_commands(circuit, **flags)}")
     return 0
 

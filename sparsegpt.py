@@ -799,10 +799,11 @@ def load(path):
             if max(sizes["format"], sizes["config"]) > 1 << 16 or str(f["format"]) != FORMAT:
                 raise ValueError(f"it is not of this version, {FORMAT}; train the model again")
             cfg = Config(**json.loads(str(f["config"])))
-            # A small file must not take much memory: parameters and two moments, and some text.
+            # A small file must not take much memory: parameters, perhaps two moments, some text.
+            need = n_params(cfg) * np.dtype(cfg.dtype).itemsize * (3 if "m" in sizes else 1)
             if sizes.keys() - PARTS or len(parts) > len(sizes) or (
-                    n_params(cfg) > 100 * data.getbuffer().nbytes) or (
-                    sum(sizes.values()) > 3 * 8 * n_params(cfg) + (1 << 24)):
+                    need > 100 * data.getbuffer().nbytes) or (
+                    sum(sizes.values()) > 2 * need + (1 << 24)):
                 raise ValueError("its parts do not fit its config")
             if broken := f.zip.testzip():  # NumPy alone does not check all of a part
                 raise ValueError(f"{broken} does not match its checksum")
@@ -1019,6 +1020,7 @@ def save_or_aside(path, model):
         try:
             save(aside, model)
         except UserError as second:
+            aside.parent.rmdir()
             raise UserError(f"{e}; {second}") from e
         raise UserError(f"{e}; it was saved to {aside}: make room, and move it to {path}") from e
 

@@ -24,7 +24,6 @@ the very ones a model was trained on, and appending it leaves the prompt's token
 import argparse
 import difflib
 import functools
-import glob
 import hashlib
 import keyword
 import math
@@ -522,12 +521,12 @@ def load(path):
     part of training text. Raises UserError if it has none, or one of a known name."""
     try:
         names = runpy.run_path(path)
-    except Exception as e:  # it is the user's own program
+    except (Exception, SystemExit) as e:  # it is the user's own program
         raise UserError(f"--tasks {path}: {type(e).__name__}: {e}") from e
     found = {name: f for name, f in names.items() if not name.startswith("_")
              and getattr(f, "__module__", "") == "<run_path>"
              and getattr(getattr(f, "__code__", None), "co_argcount", 0) == 1}
-    if not found or (known := found.keys() & TASKS.keys()):
+    if not found or (known := found.keys() & (TASKS.keys() | {"all", "summary", "compare"})):
         raise UserError(f"--tasks {path}: " + (
             f"there is a task {min(known)} already" if found else "no function of one argument"))
     TASKS.update(found)
@@ -570,7 +569,13 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
             raise UserError(f"{task} makes only {len(found)} different pairs that are short "
                             f"enough; {n} are needed")
         w = Writer(rng, split)
-        (prompt0, answer0, _), (prompt1, answer1, _) = surround(w, TASKS[task](w))
+        try:
+            (prompt0, answer0, _), (prompt1, answer1, _) = sides = surround(w, TASKS[task](w))
+            if not all(isinstance(text, str) for side in sides for text in side):
+                raise TypeError("a part is not a string")
+        except Exception as e:  # a task may be the user's own
+            raise UserError(f"the task {task} must return two sides, each (prompt, answer, rest): "
+                            f"{type(e).__name__}: {e}") from e
         if max(len(prompt0), len(prompt1)) <= (230 if split == "held" else 200):
             found.setdefault((prompt0, prompt1), (answer0, answer1))
     return [Pair(prompts, answers) for prompts, answers in found.items()]
@@ -811,6 +816,7 @@ def write_whole(path, write):
     """Make a file by write(f), f open for bytes: whole or not at all, as it goes to a temporary
     file first, which is then renamed. Raises UserError if that cannot be done."""
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path  # the link stays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -828,8 +834,9 @@ def write_whole(path, write):
 def check_output(path):
     """Raise UserError now, not after the work, if a file of this name cannot be written."""
     path = str(path)
-    if path.endswith(("/", os.sep)) or os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is not the name of a file; choose another --out")
+    if os.path.basename(path) in ("", ".", "..") or (
+            os.path.exists(path) and not os.path.isfile(path)):
+        raise UserError(f"{path!r} is not the name of a file; choose another --out")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary(Path(path)), "wb"):
@@ -850,11 +857,12 @@ def locked(path):
     ones left unfinished. Raises UserError if a living process holds the lock; a dead one's is
     free. Where the system has no such locks nothing is done."""
     lock = lock_of(Path(path))
-    unfinished = glob.escape(lock.name.removesuffix(".lock")) + ".*unfinished"
+    name = re.escape(lock.name[:-5]) + r"(\.partial)?" if lock.name != ".lock" else (
+        r"\.\w+\.(json|html|dot)")  # not what training writes to that folder
     try:
         import fcntl  # not on Windows
         while True:
-            f = open(lock, "a+")
+            f = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
@@ -870,8 +878,9 @@ def locked(path):
         return
 
     def clear():
-        for left in lock.parent.glob(unfinished):
-            left.unlink(missing_ok=True)
+        for left in lock.parent.glob(".*.unfinished"):
+            if re.fullmatch(name + r"\.\d+-\d+\.unfinished", left.name):
+                left.unlink(missing_ok=True)
 
     try:
         clear()
@@ -882,10 +891,14 @@ def locked(path):
         f.close()
 
 
+ending = []  # not empty once a signal has come: a second one would only disturb the clearing up
+
+
 @contextmanager
-def signals_to(handler):
-    """Give Ctrl-C, SIGTERM and SIGHUP to a handler, except those that are ignored, as by nohup.
-    Only the main thread is told of signals: elsewhere nothing changes."""
+def signals_to(handler, then=None):
+    """Give Ctrl-C, SIGTERM and SIGHUP to a handler, except those that are ignored, as by nohup;
+    afterwards to another one, or as before. Only the main thread is told of signals: elsewhere
+    nothing changes."""
     former = {}
     if threading.current_thread() is threading.main_thread():
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -895,7 +908,7 @@ def signals_to(handler):
         yield
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if then is None else then)
 
 
 @contextmanager
@@ -916,7 +929,7 @@ def interrupts_noted():
     """A list that signals are added to, in place of their usual effect, so that a step or a file
     can be finished. (The lock of a threading.Event could be held when the second one comes.)"""
     noted = []
-    with signals_to(lambda number, _: noted.append(number)):
+    with signals_to(lambda number, _: (noted.append(number), ending.append(number))):
         yield noted
 
 
@@ -967,6 +980,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **more):
         super().__init__(allow_abbrev=False, **more)
 
+    def parse_args(self, argv=None):
+        for word in sys.argv[1:] if argv is None else argv:
+            if re.fullmatch(r"--\w+=--", word):  # of which argparse makes an empty list
+                self.error(f"{word}: -- is not a value")
+        return super().parse_args(argv)
+
     def error(self, message):
         if "unrecognized" in message:
             for word in re.findall(r"--\w+", message):
@@ -982,17 +1001,20 @@ def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = ""
         if sys.stderr:
             print(f"{name}: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
 
-    def interrupt(*_):
-        if not interrupted:  # a second one would only disturb the clearing up
-            interrupted.append(True)
+    def interrupt(number, _):
+        if not ending:
+            ending.append(number)
             raise KeyboardInterrupt
 
-    former, interrupted, status = (sys.stdout, sys.stderr), [], 2
+    ending.clear()
+    former, status = (sys.stdout, sys.stderr), 2
     sys.stdout = former[0] and Output(former[0])
     sys.stderr = former[1] and Output(former[1], "\n\t\r\033")  # with a line that rewrites itself
     try:
-        with signals_to(interrupt), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # what overflows is found and said
+        # A program has nothing to interrupt at its end; a caller of main(argv) goes on.
+        with signals_to(interrupt, signal.SIG_IGN if argv is None else None), \
+                warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NaN is looked for where it matters
             try:
                 status = run(argv)
             except SystemExit as e:  # after --help
@@ -1001,13 +1023,13 @@ def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = ""
                 complain("error: not enough memory; take a smaller model or batch")
             except (UserError, FloatingPointError, OSError) as e:
                 complain(f"error: {e}")
-            except KeyboardInterrupt as e:
-                complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
-                status = 130
             error = sys.stdout and sys.stdout.error
             if status == 0 and error and not isinstance(error, BrokenPipeError):
                 complain(f"error: cannot write the output: {error.strerror}")
                 status = 2
+    except KeyboardInterrupt as e:  # from anywhere above
+        complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
+        status = 130
     finally:
         sys.stdout, sys.stderr = former
     return status

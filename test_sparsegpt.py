@@ -995,7 +995,9 @@ def flags(**more):
     ("--d_head 5", "does not divide"), ("--data missing", "missing"), ("--data hollow", "no file"),
     ("--data binary", "not UTF-8"), ("--data prose.txt,,", "--data ''"),
     ("--out prose.txt/model.npz", "prose.txt"), ("--out hollow", "hollow"),
-    *((f"--out {name}", "not the name of a file") for name in ("hollow/", "new/", "model.npz/")),
+    *((f"--out {name}", "not the name of a file") for name in (
+        "hollow/", "new/", "model.npz/", "new/..", ".")),
+    ("--out=", "not the name of a file"), ("--steps=--", "--steps=--"),
     *((f"--out {name}", "not the name of a file") for name in ("pipe", "/dev/null")),
     ("--sample x --out pipe", "not a file"), (f"--out {'x' * 239}", "name too long"),
     ("--out short.txt", "not a checkpoint"), ("--out other.zip", "not a checkpoint"),
@@ -1197,10 +1199,16 @@ def test_of_two_runs_that_write_the_same_files_one_is_refused(
     Path("circuits").mkdir()
     with tasks.locked(place):
         assert_refused(capsys, f"process {os.getpid()} writes", *line.split(), main=main)
-    other, lock = Path(".another.npz.1-2.unfinished"), tasks.lock_of(Path(place))
-    write({lock: b"1", left: b"", other: b""})
+    others = [".model.npz.2.1-2.unfinished", "circuits/.b.npz.1-2.unfinished", ".x.unfinished"]
+    lock = tasks.lock_of(Path(place))
+    write({lock: b"1", left: b"", **{other: b"" for other in others}})
     run_main(capsys, *line.split(), main=main)
-    assert not Path(left).exists() and not lock.exists() and other.exists()
+    assert not Path(left).exists() and not lock.exists()
+    assert all(Path(other).exists() for other in others)
+    lock.symlink_to("precious")  # is not followed
+    write({"precious": b"x"})
+    run_main(capsys, *line.split(), main=main)
+    assert Path("precious").read_bytes() == b"x"
 
 @pytest.mark.parametrize("where", ["nobody", "/dev/full", "text", None])
 def test_output_that_nobody_takes_does_not_end_the_work(prose, where, capsys, monkeypatch):
@@ -1689,7 +1697,7 @@ def test_the_same_seed_finds_the_same_circuit_with_any_number_of_processes(cues)
 
 def test_a_worker_that_dies_or_another_context_is_an_error(cues):
     """No search goes on without its processes, or with other frozen values than it says."""
-    with pytest.raises(sg.UserError, match="worker process ended"):
+    with pytest.raises(sg.UserError, match="worker process was killed"):
         list(prune.on_cores(os._exit, [0, 1, 2], 2))
     for context in (prune.ModelContext(wired(), "zero"), prune.ModelContext(small_model())):
         with pytest.raises(sg.UserError, match="context"):
@@ -1890,6 +1898,10 @@ def test_a_circuit_file_gives_back_the_circuit_and_its_losses(cues, capsys, monk
     for changed in (dict(mask=less), dict(settings=zero)):
         other = dataclasses.replace(two, **changed)
         assert prune.verify(other, prune.ModelContext(model, other.settings.ablation))
+    forged = json.loads(json.dumps(two.record))  # with an edge that is there twice
+    forged["edges"].insert(0, forged["edges"][0] | {"weight": 99.0})
+    forged["size"]["edges"] += 1
+    assert prune.verify(dataclasses.replace(two, record=forged), context)
     two.record["losses"]["circuit"]["held"]["full"] += 0.01
     prune.save("circuits/cue.json", two)
     out = ran(capsys, "--check circuits/cue.json --model model.npz", status=1)
@@ -1938,6 +1950,8 @@ def test_a_forged_circuit_is_refused_or_can_be_shown_and_checked(cues, data):
     (lambda r: r["losses"]["full"].pop("held"), "losses.full"),
     (lambda r: r["edges"][0].pop("weight"), "edges"), (lambda r: r["checks"].pop(), "checks"),
     (lambda r: r["model"]["config"].update(d_model=1 << 16, d_head=16), "too large"),
+    (lambda r: r.update(task="<b>"), "no such search"),
+    (lambda r: r["heads"][0].update(nodes=[]), "do not agree"),
     (lambda r: r["size"].update(nodes="<b>"), "size.nodes")])
 def test_what_a_forged_circuit_lacks_is_named(cues, change, said):
     record = write_circuit()
@@ -2014,7 +2028,9 @@ PRUNING = {
     "--set": [f"cue --set h1.neuron.5={x}" for x in ("x", "nan", "1e39")],
     "no node": [f"cue --ablate {node}" for node in (
         "final.99", "final." + "9" * 5000, "h1.head." + "9" * 5000, "h1.head.-1", "final.²")],
-    "not a file": ["cue --model pipe", "--check pipe"], "not the name": ["cue --out dirs"],
+    "not a circuit": ["cue --out junk", "all --out junk"], "--seed=--": ["cue --seed=--"], "another model, ": ["--check deep.json"],
+    "not a file": ["cue --model pipe", "--check pipe", "cue --model="],
+    "not the name": ["cue --out dirs"],
     "not allowed with": ["cue --set final.1=1 --explain"],
     "context": ["endless", f"cue --ask < --ask {99 * '<'}"], "no task": ["cue --check x.json"],
     "no --target": ["--check circuits/cue.json --target 0.2"],
@@ -2037,7 +2053,11 @@ def test_a_mistake_is_one_line_and_status_two(brief, main, said, line, capsys, m
     sg.save("tokens.npz", other._replace(tok=sg.Tokenizer([(97, 97)])))
     write({"text.txt": b"x", "cut.npz": Path("model.npz").read_bytes()[:-99], "c/a": b"",
            "circuits/hopeless.json": Path("circuits/cue.json").read_bytes(),
-           "dirs/cue.json/x": b""})
+           "dirs/cue.json/x": b"", "junk/cue.json": b'{"important": 1}'})
+    deep = found_circuit().record
+    config = deep["model"]["config"] | {"n_layer": 3}
+    prune.save("deep.json", dataclasses.replace(
+        found_circuit(), record=deep | {"model": deep["model"] | {"config": config}}))
     os.mkfifo("pipe")
     monkeypatch.setattr(prune, "learn_masks", pytest.fail)
     before = files()
@@ -2141,6 +2161,10 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys, mon
     assert "hopeless" in again and "hopeless" not in run(line + " --tasks cue")
     assert "A/B" not in run("model.npz --out c")  # one model: no ratio
     before = path.read_bytes()
+    for foreign in b"X", b"[]", b'{"rows": [1], "models": []}':
+        write({"c/compare.json": foreign})
+        assert_refused(capsys, "not a comparison", *line.split(), main=compare.main)
+    write({"c/compare.json": before})
     assert_refused(capsys, "other settings", *line.split(), "--target", "0.3", main=compare.main)
     assert path.read_bytes() == before
     monkeypatch.setattr(prune, "TOO_LARGE", 1)
@@ -2239,16 +2263,23 @@ def test_tasks_of_ones_own_are_listed_and_searched(brief, capsys, monkeypatch):
     write_circuit()
     write({"own.py": b"import math\ndef _no(w): pass\ndef mine(w):\n"
                      b"    return ('if a', ' =', ''), ('a', ' +', '')\n",
-           "none.py": b"x = 1\n", "known.py": b"def cue(w): pass\n", "broken.py": b"1 / 0\n"})
+           "none.py": b"x = 1\n", "known.py": b"def cue(w): pass\n", "broken.py": b"1 / 0\n",
+           "all.py": b"def compare(w): pass\n", "ends.py": b"import sys\nsys.exit(3)\n"})
     line = "--model model.npz --tasks"
     status, out, err = run_main(capsys, *line.split(), "own.py", main=prune.main)
     assert (status, err) == (0, "") and re.search("(?m)^mine .* - +-$", out)
     with pytest.raises(sg.UserError, match="only 1 different"):
         tasks.pairs("mine", 2)
+    write({"odd.py": b"def odd(w): return None\ndef three(w): return [('a', 'b', '')] * 3\n"
+                     b"def number(w): return [(1, 2, 3)] * 2\ndef wrong(w): return 1 / 0\n"})
+    for task in "odd", "three", "number", "wrong":
+        assert_refused(capsys, f"{task} must return two sides", task, *line.split(), "odd.py",
+                       main=prune.main)
+        tasks.TASKS = {name: tasks.TASKS[name] for name in ("cue", "mine")}
     assert re.search("(?m)^cue .* nodes, .* edges$", out)
-    assert tasks.added == [os.path.abspath("own.py")]
+    assert tasks.added[0] == os.path.abspath("own.py")
     for name, said in (("none", "no function"), ("known", "already"), ("broken", "division"),
-                       ("gone", "No such file")):
+                       ("all", "already"), ("ends", "SystemExit"), ("gone", "No such file")):
         assert_refused(capsys, said, *line.split(), f"{name}.py", main=prune.main)
     assert list(prune.on_cores(known_tasks, [0, 1], 2))[0][-1] == "mine"
 

@@ -21,11 +21,13 @@ from statistics import geometric_mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python docs/compare.py` runs too
 
+import tasks
+
+tasks.end_quietly(__name__)
 import sparsegpt as sg
 import numpy as np
 import prune
-import tasks
-from docs import show
+from docs import record, show
 
 SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
 AIMS = (0.15, 0.05)  # targets that masks are trained for
@@ -70,7 +72,7 @@ def compare_one(contexts, settings, job):
     except prune.CannotPrune:
         return row
     row["full"] = task.full_loss()
-    if row["full"] > max(SWEEP):
+    if not row["full"] <= max(SWEEP):  # nor is NaN
         return row
     progress, order = prune.Progress(), prune.rank_by_attribution(task)
     loss = functools.cache(lambda n: task.loss(prune.top_nodes(order, n)))
@@ -95,14 +97,19 @@ def compare_one(contexts, settings, job):
 def compare(contexts, settings, folder, workers, names, log=print):
     """Prune the named tasks in all models alike and report size against loss. What compare.json
     has, of these models or others, is kept. Raises UserError if it is of other settings."""
-    path, began, rows, known = Path(folder, "compare.json"), time.perf_counter(), [], {}
+    path, began = Path(folder, "compare.json"), time.perf_counter()
     head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
                                       aims=AIMS)))
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        rows, known = old["rows"], {m["model"]: m for m in old["models"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        old = head  # there is nothing to keep
+    old = head | dict(rows=[], models=[])
+    if path.exists():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            record.fit(old["rows"], [record.ROW])
+            record.fit(old["models"], [record.MODEL])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise sg.UserError(f"{path} exists but is not a comparison ({type(e).__name__}: {e}); "
+                               "choose another --out") from e
+    rows, known = old["rows"], {m["model"]: m for m in old["models"]}
     if any(old.get(key) != value for key, value in head.items()):
         raise sg.UserError(f"{path} is of other settings: choose another --out, or delete it")
 

@@ -16,6 +16,13 @@ SIZE, LINK = {"nodes": int, "edges": int}, {"from": str, "to": str}
 SCORE = {"binary": float, "full": float, "accuracy": float}
 EXTREMES = {"high": [(str, str, float)], "low": [(str, str, float)]}
 NUMBER = Maybe(float)
+# A row of docs/compare.py, and what is said there of a model.
+POINT = {"task": str, "target": float, "edges": int}
+ROW = {"model": str, "task": str, "full": NUMBER, "points": [POINT | {"nodes": int}],
+       "by_attribution": [POINT], "cleaned": Maybe(SIZE), "without": NUMBER, "random": NUMBER}
+MODEL = {"name": str, "model": str, "kind": str, "seed": int, "d_model": int, "density": float,
+         "afrac": float, "nonzero": int, "kurtosis": float, "loss": float, "code": float,
+         "idioms?": float}
 CHECKS = ("held-out prompts", "necessity", "resampled ablation", "full model's AbsTopK",
           "nonsense task", "inverted task", "shuffled weights", "attention", "other seeds")
 RECORD = {
@@ -81,7 +88,8 @@ def check(record, names):
     ends += [n for kind in ("groups", "heads") for part in record[kind] for n in part["nodes"]]
     size = {"nodes": len(nodes), "edges": len(record["edges"])}
     if nodes != names or values.keys() != set(names) or not set(ends) <= set(names) or (
-            size != {name: record["size"][name] for name in size}):
+            size != {name: record["size"][name] for name in size}) or not all(
+            head["nodes"] for head in record["heads"]):
         raise ValueError("its nodes, their number, and the ends of its edges do not agree")
     lengths = [len(tokens) for tokens in record["example"]["prompts"]]
     if 0 in lengths or any([len(row) for row in rows] != lengths for rows in values.values()):
