@@ -33,8 +33,8 @@ def listing(circuit, verbose=False):
     lines += [f"    {''.join(tokens[1:])}  ->  {answer}"
               for tokens, answer in zip(example["prompts"], example["answers"])]
     lines += ["{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
-              "By attribution, ".format(**size)
-              + "{nodes:,} and {edges:,} reach the target.".format(**r["attribution"]),
+              "Ranked by attribution, it takes ".format(**size)
+              + "{nodes:,} and {edges:,}.".format(**r["attribution"]),
               f"{'loss in nats':<14}" + "".join(
                   f" {f'{n} {name} prompts':^26}  "
                   for name, n in zip(("search", "held-out"), r["prompts"].values())),
@@ -43,7 +43,7 @@ def listing(circuit, verbose=False):
         scores = (r["losses"][key][split] for split in ("search", "held"))
         lines.append(f"{name:<14}" + "".join(
             f" {s['binary']:8.4f} {s['full']:8.4f} {s['accuracy']:8.1%}  " for s in scores))
-    lines.append(f"{'target, chance':<14} {circuit.settings.target:8.4f} {math.log(2):8.4f}")
+    lines.append(f"{'target':<14} {circuit.settings.target:8.4f} (chance: {math.log(2):.4f})")
     if verbose:
         lines += ["not counted: biases, {embed} embeddings of tokens that differ in a pair, "
                   "{unembed} unembeddings of answers".format(**size), "",
