@@ -37,12 +37,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import tasks
+from docs import program  # before NumPy: it sets the number of BLAS threads
 
-tasks.end_quietly(__name__)
-import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
+program.end_quietly(__name__)
 import numpy as np
 
+import sparsegpt as sg
+import tasks
 from docs import ask, readings, show, trace
 from docs import record as records
 from docs.show import explain, listing
@@ -939,9 +940,9 @@ def on_cores(fn, items, workers):
     second thread nearly nothing to do. One worker, and a GPU, stay in this process. Under mpirun
     the first process deals out the items, and the others work.
     """
-    if workers > 1 and sg.n_processes() > 1:
+    if workers > 1 and sg.processes().size > 1:
         from mpi4py.futures import MPICommExecutor
-        with MPICommExecutor(sg.communicator(), 0) as pool:
+        with MPICommExecutor(sg.processes(), 0) as pool:
             if pool:
                 yield from pool.map(fn, items, unordered=True)
         return
@@ -949,12 +950,12 @@ def on_cores(fn, items, workers):
         yield from map(fn, items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    with tasks.signals_blocked():  # also in the process that watches over semaphores
+    with program.signals_blocked():  # also in the process that watches over semaphores
         pool = futures.ProcessPoolExecutor(min(workers, len(items)), context, start_worker,
                                            [tasks.added])
     before = set(multiprocessing.active_children())
     try:
-        with tasks.signals_blocked():  # also in the workers, which begin here: they are for us
+        with program.signals_blocked():  # also in the workers, which begin here: they are for us
             jobs = [pool.submit(fn, item) for item in items]
         for job in futures.as_completed(jobs):
             yield job.result()
@@ -1192,7 +1193,7 @@ def digest(record):
 
 def write_text(path, text):
     """Write a text file, whole or not at all."""
-    tasks.write_whole(path, lambda f: f.write(text.encode("utf-8", "surrogatepass")))
+    program.write_whole(path, lambda f: f.write(text.encode("utf-8", "surrogatepass")))
 
 
 def save(path, circuit):
@@ -1326,7 +1327,7 @@ def prune_all(context, settings, folder, seeds, workers, log=print):
 
 def make_parser():
     """The flags. Those that are not given are absent from the result."""
-    parser = tasks.Parser(description="Prune a trained model to the circuit of a task.",
+    parser = program.Parser(description="Prune a trained model to the circuit of a task.",
                           argument_default=argparse.SUPPRESS)
     parser.add_argument("task", nargs="?", help="a task's name, or all; without: list them")
     add_settings(parser, ("mean", "zero"))
@@ -1440,16 +1441,16 @@ def run(argv):
     elif task is None:
         print("\n".join(ask.overview(model, folder)))
     else:
-        if sg.rank():
-            return len([*on_cores(None, (), sg.n_processes())])  # work until the first has ended
+        if sg.processes().rank:
+            return len([*on_cores(None, (), 2)])  # which deals it work, in the end
         for name in tasks.TASKS if task == "all" else [task]:
             path = Path(folder, f"{name}.json")
-            tasks.check_output(path)
+            program.check_output(path)
             if path.exists() and b'"format": "sparsegpt-circuit' not in path.read_bytes()[:99]:
                 raise sg.UserError(f"{path} exists but is not a circuit; choose another --out")
         context, seeds = ModelContext(model, settings.ablation), given.get("seeds", 2)
-        workers = max(model.cfg.threads or sg.n_cores(), sg.n_processes())
-        with tasks.locked(folder):
+        workers = max(model.cfg.threads or sg.n_cores(), sg.processes().size)
+        with program.locked(folder):
             if task == "all":
                 prune_all(context, settings, folder, seeds, workers)
                 return 0
@@ -1467,7 +1468,7 @@ def run(argv):
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a circuit that does not reproduce its
     losses, 2 for a mistake, 130 for Ctrl-C."""
-    return sg.ended(tasks.command("prune.py", run, argv, "finished circuits are kept; the same "
+    return sg.ended(program.command("prune.py", run, argv, "finished circuits are kept; the same "
                                   "command continues"))
 
 

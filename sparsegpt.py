@@ -27,30 +27,28 @@ import argparse
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import math
 import os
 import shlex
 import sys
-import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
-import tasks
-from tasks import Tokenizer, UserError, clock, fraction, write_whole
+from docs import program  # before NumPy: it sets the number of BLAS threads
 
-tasks.end_quietly(__name__)
-# BLAS reads these when NumPy is loaded. The threads are ours: see `parallel`.
-for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
-
+program.end_quietly(__name__)
 import numpy as np
+
+import tasks
+from docs.program import UserError, clock
+from tasks import Tokenizer, load_corpus, score, task_prompts
 
 xp = np  # NumPy or CuPy. Other files read sparsegpt.xp, as `use_device` may rebind it.
 
@@ -705,43 +703,6 @@ def check_ids(ids, cfg, positions=None, like=None):
 
 # ---- data: token streams ------------------------------------------------------------------------
 
-IDIOM_BYTES = 24_000_000  # of generated idioms: --long sees each of them about four times
-
-
-class Corpus(NamedTuple):
-    """Token streams, uint16, with a separator before every document: {"code": ..., "idioms": ...}
-    for each side. digest: of the streams, as a resumed run must see the same data."""
-    tok: Tokenizer
-    train: dict
-    val: dict
-    digest: str
-
-
-def load_corpus(cfg, log=print):
-    """The Corpus of a config: read, split, tokenized, in about 15 seconds. Raises UserError on a
-    stream that is too short to draw from."""
-    began, texts = time.perf_counter(), tasks.read_documents(cfg.data, cfg.max_mb, log)
-    kinds = {"code": tasks.split(texts)}
-    if cfg.idioms:
-        n_bytes = int(min(IDIOM_BYTES, cfg.max_mb * 1e6 or IDIOM_BYTES))
-        kinds["idioms"] = tasks.split(tasks.idiom_documents(n_bytes))
-    tok = Tokenizer.learn((doc for two in kinds.values() for doc in two[0]), cfg.vocab_size)
-    sides, digest = ({}, {}), hashlib.sha256()
-    for name, two in kinds.items():
-        for side, docs, rows in zip(sides, two, (cfg.batch_size, 1)):
-            ids = (i for doc in docs for i in (tok.EOT, *tok.encode(doc)))
-            side[name] = np.fromiter(ids, np.uint16)
-            digest.update(side[name].tobytes())
-            if len(side[name]) < rows * (cfg.n_ctx + 1):
-                raise UserError(f"--data: {name} has too few tokens, {len(side[name])} on one side"
-                                "; add text, or lower --batch_size or --n_ctx")
-    n_train, n_val = (sum(map(len, side.values())) for side in sides)
-    log(f"data: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB; {len(tok.merges)} merges "
-        f"learned; {n_train:,} tokens to train on, {n_val:,} held out "
-        f"({time.perf_counter() - began:.0f} s)")
-    return Corpus(tok, *sides, digest.hexdigest())
-
-
 def draw_batch(streams, rng, n, n_ctx, idioms):
     """n random windows, a share `idioms` of them from the stream of idioms: inputs and next
     tokens, int64 [n, n_ctx] each."""
@@ -783,7 +744,7 @@ def save(path, model):
                   merges=np.array(model.tok.merges, np.int32).reshape(-1, 2),
                   text=model.text.astype(np.uint16), **model.state)
     write = np.savez if model.state else np.savez_compressed  # quick, or small: most are zeros
-    write_whole(path, lambda f: write(f, **arrays))
+    program.write_whole(path, lambda f: write(f, **arrays))
 
 
 def load(path):
@@ -862,67 +823,6 @@ def evaluate(params, streams, cfg, n):
         losses[name] = sum(parallel(part, range(0, n, 4), cfg.threads)) / (n * cfg.n_ctx)
     share = cfg.idioms if "idioms" in losses else 0.0
     return (1 - share) * losses["code"] + share * losses.get("idioms", 0.0), losses
-
-
-class Prompts(NamedTuple):
-    """Prompts of a task, right-padded, the two of each pair one after the other."""
-    ids: np.ndarray    # [n, T]
-    last: np.ndarray   # [n] the position that decides: where the logits are read
-    right: np.ndarray  # [n] the right token there
-    wrong: np.ndarray  # [n] the wrong one
-    sign: np.ndarray   # [n] +1 where the pair's first answer is right, -1 where its second is
-
-    def rows(self, index):
-        """Some of the prompts, padded no more than these need."""
-        some = Prompts(*(column[index] for column in self))
-        return some._replace(ids=some.ids[:, :some.last.max() + 1])
-
-    def parts(self, size=16):
-        """[(index, Prompts)] in parts of like length, so that little of a part is padding."""
-        order = np.argsort(self.last, kind="stable")
-        cuts = [order[i:i + size] for i in range(0, len(order), size)]
-        return [(index, self.rows(index)) for index in cuts]
-
-
-def task_prompts(tok, pairs, n_ctx):
-    """The Prompts of pairs. A pair that does not fit the context, or that no token of this
-    tokenizer decides, is left out. Raises ValueError if that leaves none."""
-    rows = []
-    for (first, second), (a, b) in pairs:
-        try:
-            two = [tasks.deciding_tokens(tok, *asked)
-                   for asked in ((first, a, b), (second, b, a))]
-        except ValueError:
-            continue
-        if max(len(context) for context, _, _ in two) <= n_ctx:
-            rows += two
-    if not rows:
-        raise ValueError(f"no prompt is of use with this tokenizer and a context of {n_ctx}")
-    contexts, right, wrong = zip(*rows)
-    last = np.array([len(context) - 1 for context in contexts])
-    ids = np.full((len(rows), last.max() + 1), tok.EOT, np.int64)
-    for row, context in zip(ids, contexts):
-        row[:len(context)] = context
-    return Prompts(ids, last, np.array(right), np.array(wrong), np.tile([1, -1], len(rows) // 2))
-
-
-class Score(NamedTuple):
-    """binary: cross-entropy restricted to the right and the wrong token; full: over the
-    vocabulary; both in nats, the mean over both prompts of every pair. accuracy: the share of
-    prompts with the right logit over the wrong."""
-    binary: float
-    full: float
-    accuracy: float
-
-
-def score(logits, prompts):  # [n, V] at the deciding positions, on the host
-    """The Score of logits on Prompts."""
-    rows, logits = np.arange(len(logits)), logits.astype(np.float64)
-    right, wrong = logits[rows, prompts.right], logits[rows, prompts.wrong]
-    top = logits.max(1)
-    full = top + np.log(np.exp(logits - top[:, None]).sum(1)) - right
-    binary = np.logaddexp(0, wrong - right)
-    return Score(float(binary.mean()), float(full.mean()), float((right > wrong).mean()))
 
 
 def evaluate_tasks(model, n=100, seed=0, split="eval"):
@@ -1004,25 +904,10 @@ def check_writable(out):
     """Raise UserError now, not after training, if a checkpoint cannot be put there, or would
     replace something else."""
     for path in out, partial_path(out):  # the latter's is the longest name
-        tasks.check_output(path)
+        program.check_output(path)
     if Path(out).exists() and not (zipfile.is_zipfile(out)
                                    and "format.npy" in zipfile.ZipFile(out).namelist()):
         raise UserError(f"--out {out} exists but is not a checkpoint; choose another name")
-
-
-def save_or_aside(path, model):
-    """Save a Model, if need be in a new folder for temporary files. Raises UserError that says
-    where, or that both failed."""
-    try:
-        save(path, model)
-    except UserError as e:
-        aside = Path(tempfile.mkdtemp(prefix="sparsegpt-"), path.name)
-        try:
-            save(aside, model)
-        except UserError as second:
-            aside.parent.rmdir()
-            raise UserError(f"{e}; {second}") from e
-        raise UserError(f"{e}; it was saved to {aside}: make room, and move it to {path}") from e
 
 
 def train(cfg, resume=False, log=print):
@@ -1034,12 +919,12 @@ def train(cfg, resume=False, log=print):
     run that was never interrupted. Raises UserError on unusable data or output, and
     FloatingPointError if the loss or a weight stops being finite.
     """
-    if cfg.batch_size < n_processes():
-        raise UserError(f"--batch_size must be at least the number of processes, {n_processes()}")
-    if rank():
+    if cfg.batch_size < processes().size:
+        raise UserError(f"--batch_size must be at least {processes().size}, one row a process")
+    if processes().rank:
         follow(load_corpus(cfg, lambda line: None), cfg, resume)
     check_writable(cfg.out)
-    with tasks.locked(cfg.out):
+    with program.locked(cfg.out):
         corpus = load_corpus(cfg, log)
         model = train_on(corpus, cfg, resume, log)
         report(model, corpus.val, log)
@@ -1056,7 +941,7 @@ def train_on(corpus, cfg, resume, log):
         f"{'step':>6} {'loss':>7} {'val':>7} {'density':>8} {'lr':>8} {'tok/s':>8} {'left':>6}")
     began = saved = line = time.perf_counter()
     warned = False
-    with tasks.interrupts_noted() as interrupts:
+    with program.interrupts_noted() as interrupts:
         for step, loss in training_steps(flat, m, v, start, corpus.train, cfg):
             done, stopped = step + 1, anywhere(interrupts)
             losses.append(loss)  # read only below: a GPU is not kept waiting
@@ -1081,7 +966,7 @@ def train_on(corpus, cfg, resume, log):
             state = model._replace(state=dict(
                 m=to_host(m), v=to_host(v), step=done, digest=corpus.digest))
             if stopped:
-                save_or_aside(partial_path(cfg.out), state)
+                program.save_or_aside(save, partial_path(cfg.out), state)
                 raise KeyboardInterrupt(
                     f"saved step {done} of {cfg.steps}; go on with: python sparsegpt.py --resume "
                     f"--data {shlex.quote(cfg.data)} --out {shlex.quote(cfg.out)}")
@@ -1092,7 +977,7 @@ def train_on(corpus, cfg, resume, log):
                 if not warned:
                     log(f"{e}; the run goes on, and tries again")
                 warned = True
-        save_or_aside(Path(cfg.out), model)
+        program.save_or_aside(save, Path(cfg.out), model)
         partial_path(cfg.out).unlink(missing_ok=True)
         log(f"trained in {clock(time.perf_counter() - began)}; saved to {cfg.out}")
         if interrupts:
@@ -1178,7 +1063,8 @@ def batch_gradient(params, ids, targets, cfg):
     """(loss, gradient as a flat array) of a batch: `loss_and_grads` in n_shards parts, one a
     thread, whose gradients are summed in a fixed order. Under mpirun each process takes a share of
     the parts' rows, and all get the sum."""
-    first, end = (len(ids) * r // n_processes() for r in (rank(), rank() + 1))
+    all_of_them = processes()
+    first, end = (len(ids) * (all_of_them.rank + i) // all_of_them.size for i in (0, 1))
     n = min(n_shards(cfg), end - first)
     cuts = [slice(first + s * (end - first) // n, first + (s + 1) * (end - first) // n)
             for s in range(n)]
@@ -1210,10 +1096,11 @@ def keep_freed_memory():
 # Each takes a share of every batch, and all update alike. The first of them logs and saves.
 
 @functools.cache
-def communicator():
-    """MPI's communicator under mpirun, or None. Raises UserError if mpi4py is missing there."""
+def processes():
+    """MPI's communicator: its `size`, and `rank`, the number of this process, from 0. One process
+    alone has a stand-in. Raises UserError if mpi4py is missing under mpirun."""
     if max(int(os.environ.get(name, 1)) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")) == 1:
-        return None
+        return SimpleNamespace(size=1, rank=0, allgather=lambda x: [x])
     try:
         from mpi4py import MPI
     except ImportError as e:
@@ -1221,40 +1108,31 @@ def communicator():
     return MPI.COMM_WORLD
 
 
-def n_processes():
-    return communicator().size if communicator() else 1
-
-
-def rank():
-    """The number of this process, from 0."""
-    return communicator().rank if communicator() else 0
-
-
 def summed(loss, flat):
     """A loss and a flat gradient, summed over the processes in one call."""
-    if n_processes() == 1:
+    if processes().size == 1:
         return loss, flat
     both = np.append(to_host(flat), to_host(loss))
-    communicator().Allreduce(both.copy(), both)
+    processes().Allreduce(both.copy(), both)
     return both[-1], xp.asarray(both[:-1])
 
 
 def anywhere(true):
     """Whether something is true in any of the processes."""
-    return any(communicator().allgather(bool(true))) if n_processes() > 1 else bool(true)
+    return any(processes().allgather(bool(true)))
 
 
 def ended(status):
     """The exit status. If it is of a mistake or Ctrl-C, all processes end: none waits for this."""
     if status > 1 and "mpi4py" in sys.modules:
-        communicator().Abort(status)
+        processes().Abort(status)
     return status
 
 
 def follow(corpus, cfg, resume):
     """What processes other than the first do: the same steps, and no output."""
     flat, m, v, start = starting_state(cfg, resume, corpus.digest)
-    with tasks.interrupts_noted() as interrupts:
+    with program.interrupts_noted() as interrupts:
         for _ in training_steps(flat, m, v, start, corpus.train, cfg):
             if anywhere(interrupts):
                 break
@@ -1356,7 +1234,7 @@ TAKES = dict(  # the flags that these modes look at; they refuse the others
 
 def make_parser():
     """One flag for each Config field, and the modes. Flags not given are absent."""
-    parser = tasks.Parser(description="Train a weight-sparse transformer, in about 15 minutes.",
+    parser = program.Parser(description="Train a weight-sparse transformer, in about 15 minutes.",
                           argument_default=argparse.SUPPRESS)
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
     presets.add_argument("--dense", action="store_true", help="a dense model of about equal loss")
@@ -1371,7 +1249,7 @@ def make_parser():
     modes.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model --out")
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=fraction if f.type is float else f.type,
+            type=program.fraction if f.type is float else f.type,
             metavar="|".join(choices(f) or [f.type.__name__.upper()]))
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default {f.default})",
                             **kind)
@@ -1424,7 +1302,7 @@ def run(argv):
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a check that failed, 2 for a mistake,
     130 for Ctrl-C."""
-    return ended(tasks.command("sparsegpt.py", run, argv))
+    return ended(program.command("sparsegpt.py", run, argv))
 
 
 # ---- the GPU ------------------------------------------------------------------------------------
@@ -1447,8 +1325,8 @@ def use_device(name):
                         f"{e}; install CuPy for your CUDA version (pip install cupy-cuda12x) or "
                         "set SPARSEGPT_DEVICE=cpu") from e
     xp = cupy
-    if rank():
-        cupy.cuda.Device(rank() % cupy.cuda.runtime.getDeviceCount()).use()
+    if processes().rank:
+        cupy.cuda.Device(processes().rank % cupy.cuda.runtime.getDeviceCount()).use()
     return f"device: GPU through CuPy {cupy.__version__}"
 
 

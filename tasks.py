@@ -1,5 +1,5 @@
 """The text: twenty things a small model can know about Python, as snippets to train on and pairs
-to test with; the documents of a corpus; and the tokenizer.
+to test with; the tokenizer, and the token streams of a corpus; prompts as tokens, and scores.
 
 Every behaviour (arXiv 2511.13653, section 2.2 and Table 1) is written down once, as a function
 that makes two *sides*. A side is `(prompt, answer, rest)`, and `prompt + answer + rest` is valid
@@ -21,7 +21,6 @@ punctuation, and newlines with the indentation after them. A prompt never ends i
 the borders prompt|answer and answer|rest never cut such a piece in two: so the answer's tokens are
 the very ones a model was trained on, and appending it leaves the prompt's tokens as they were.
 """
-import argparse
 import difflib
 import functools
 import hashlib
@@ -31,22 +30,23 @@ import os
 import random
 import re
 import runpy
-import signal
 import string
 import sys
 import sysconfig
-import threading
-import warnings
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from docs import program
 
-class UserError(ValueError):
-    """Something the user can put right: a command prints it as one line and ends with status 2."""
+program.end_quietly(__name__)
+import numpy as np
+
+from docs.program import UserError
 
 
 # ---- words, dealt out to the splits -------------------------------------------------------------
@@ -599,7 +599,7 @@ def idiom(rng: random.Random) -> str:
     return w.pick("\n", "\n\n").join(snippets) + "\n"
 
 
-# ---- documents and tokenizer --------------------------------------------------------------------
+# ---- documents, tokenizer, token streams --------------------------------------------------------
 
 SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages",
         "__pycache__"}  # folders of the standard library that hold no plain code
@@ -767,6 +767,45 @@ class Tokenizer:
             return data.decode("utf-8", "replace")
 
 
+IDIOM_BYTES = 24_000_000  # of generated idioms: --long sees each of them about four times
+
+
+class Corpus(NamedTuple):
+    """Token streams, uint16, with a separator before every document: {"code": ..., "idioms": ...}
+    for each side. digest: of the streams, as a resumed run must see the same data."""
+    tok: Tokenizer
+    train: dict
+    val: dict
+    digest: str
+
+
+def load_corpus(cfg, log=print):
+    """The Corpus of a config: read, split, tokenized, in about 15 seconds. Raises UserError on a
+    stream that is too short to draw from."""
+    began, texts = time.perf_counter(), read_documents(cfg.data, cfg.max_mb, log)
+    kinds = {"code": split(texts)}
+    if cfg.idioms:
+        n_bytes = int(min(IDIOM_BYTES, cfg.max_mb * 1e6 or IDIOM_BYTES))
+        kinds["idioms"] = split(idiom_documents(n_bytes))
+    tok = Tokenizer.learn((doc for two in kinds.values() for doc in two[0]), cfg.vocab_size)
+    sides, digest = ({}, {}), hashlib.sha256()
+    for name, two in kinds.items():
+        for side, docs, rows in zip(sides, two, (cfg.batch_size, 1)):
+            ids = (i for doc in docs for i in (tok.EOT, *tok.encode(doc)))
+            side[name] = np.fromiter(ids, np.uint16)
+            digest.update(side[name].tobytes())
+            if len(side[name]) < rows * (cfg.n_ctx + 1):
+                raise UserError(f"--data: {name} has too few tokens, {len(side[name])} on one side"
+                                "; add text, or lower --batch_size or --n_ctx")
+    n_train, n_val = (sum(map(len, side.values())) for side in sides)
+    log(f"data: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB; {len(tok.merges)} merges "
+        f"learned; {n_train:,} tokens to train on, {n_val:,} held out "
+        f"({time.perf_counter() - began:.0f} s)")
+    return Corpus(tok, *sides, digest.hexdigest())
+
+
+# ---- prompts and scores -------------------------------------------------------------------------
+
 def deciding_tokens(tok, prompt, right, wrong):
     """(context, right token, wrong token): the first at which the encodings of the two answers
     differ, and all tokens before it. Raises ValueError if an answer changes the prompt's own
@@ -780,8 +819,68 @@ def deciding_tokens(tok, prompt, right, wrong):
     raise ValueError(f"no token decides between {right!r} and {wrong!r} after {prompt!r}")
 
 
-# ---- command line -------------------------------------------------------------------------------
+class Prompts(NamedTuple):
+    """Prompts of a task, right-padded, the two of each pair one after the other."""
+    ids: np.ndarray    # [n, T]
+    last: np.ndarray   # [n] the position that decides: where the logits are read
+    right: np.ndarray  # [n] the right token there
+    wrong: np.ndarray  # [n] the wrong one
+    sign: np.ndarray   # [n] +1 where the pair's first answer is right, -1 where its second is
 
+    def rows(self, index):
+        """Some of the prompts, padded no more than these need."""
+        some = Prompts(*(column[index] for column in self))
+        return some._replace(ids=some.ids[:, :some.last.max() + 1])
+
+    def parts(self, size=16):
+        """[(index, Prompts)] in parts of like length, so that little of a part is padding."""
+        order = np.argsort(self.last, kind="stable")
+        cuts = [order[i:i + size] for i in range(0, len(order), size)]
+        return [(index, self.rows(index)) for index in cuts]
+
+
+def task_prompts(tok, pairs, n_ctx):
+    """The Prompts of pairs. A pair that does not fit the context, or that no token of this
+    tokenizer decides, is left out. Raises ValueError if that leaves none."""
+    rows = []
+    for (first, second), (a, b) in pairs:
+        try:
+            two = [deciding_tokens(tok, *asked)
+                   for asked in ((first, a, b), (second, b, a))]
+        except ValueError:
+            continue
+        if max(len(context) for context, _, _ in two) <= n_ctx:
+            rows += two
+    if not rows:
+        raise ValueError(f"no prompt is of use with this tokenizer and a context of {n_ctx}")
+    contexts, right, wrong = zip(*rows)
+    last = np.array([len(context) - 1 for context in contexts])
+    ids = np.full((len(rows), last.max() + 1), tok.EOT, np.int64)
+    for row, context in zip(ids, contexts):
+        row[:len(context)] = context
+    return Prompts(ids, last, np.array(right), np.array(wrong), np.tile([1, -1], len(rows) // 2))
+
+
+class Score(NamedTuple):
+    """binary: cross-entropy restricted to the right and the wrong token; full: over the
+    vocabulary; both in nats, the mean over both prompts of every pair. accuracy: the share of
+    prompts with the right logit over the wrong."""
+    binary: float
+    full: float
+    accuracy: float
+
+
+def score(logits, prompts):  # [n, V] at the deciding positions, on the host
+    """The Score of logits on Prompts."""
+    rows, logits = np.arange(len(logits)), logits.astype(np.float64)
+    right, wrong = logits[rows, prompts.right], logits[rows, prompts.wrong]
+    top = logits.max(1)
+    full = top + np.log(np.exp(logits - top[:, None]).sum(1)) - right
+    binary = np.logaddexp(0, wrong - right)
+    return Score(float(binary.mean()), float(full.mean()), float((right > wrong).mean()))
+
+
+# ---- command line -------------------------------------------------------------------------------
 
 def show(task: str, n: int, seed: int, split: str) -> None:
     """Print n pairs: each prompt behind a bar, its right and wrong answer as Python strings."""
@@ -793,256 +892,14 @@ def show(task: str, n: int, seed: int, split: str) -> None:
             print(f"  right {right!r}  wrong {wrong!r}\n")
 
 
-def fraction(text):
-    """A float from "0.25" or "1/4". Raises ValueError on anything else."""
-    top, _, bottom = text.partition("/")
-    if bottom and float(bottom) == 0:
-        raise ValueError(f"{text} divides by zero")
-    return float(top) / float(bottom or 1)
-
-
-def clock(seconds):
-    """Seconds as m:ss or h:mm:ss."""
-    m, s = divmod(round(seconds), 60)
-    return f"{m}:{s:02}" if m < 60 else f"{m // 60}:{m % 60:02}:{s:02}"
-
-
-def temporary(path):
-    """The name that a file has until it is whole. No other thread or process uses the same."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.unfinished")
-
-
-def write_whole(path, write):
-    """Make a file by write(f), f open for bytes: whole or not at all, as it goes to a temporary
-    file first, which is then renamed. Raises UserError if that cannot be done."""
-    path = Path(path)
-    path = path.resolve() if path.is_symlink() else path  # the link stays
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary(path), "wb") as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary(path), path)
-        finally:
-            temporary(path).unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-
-
-def check_output(path):
-    """Raise UserError now, not after the work, if a file of this name cannot be written."""
-    path = str(path)
-    if os.path.basename(path) in ("", ".", "..") or (
-            os.path.exists(path) and not os.path.isfile(path)):
-        raise UserError(f"{path!r} is not the name of a file; choose another --out")
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary(Path(path)), "wb"):
-            pass
-        temporary(Path(path)).unlink()
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-
-
-def lock_of(path):
-    """The lock file of a file, or of all files of a folder."""
-    return path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-
-
-@contextmanager
-def locked(path):
-    """Keep other processes from writing a file, or the files of a folder, and clear away what dead
-    ones left unfinished. Raises UserError if a living process holds the lock; a dead one's is
-    free. Where the system has no such locks nothing is done."""
-    lock = lock_of(Path(path))
-    name = re.escape(lock.name[:-5]) + r"(\.partial)?" if lock.name != ".lock" else (
-        r"\.\w+\.(json|html|dot)")  # not what training writes to that folder
-    try:
-        import fcntl  # not on Windows
-        while True:
-            f = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                f.seek(0)
-                raise UserError(f"process {f.read(20)} writes to {path} and holds {lock}: wait for"
-                                " its end, or choose another --out") from e
-            if os.fstat(f.fileno()).st_nlink:  # else its former owner has just removed it
-                break
-        f.truncate(0)
-        print(os.getpid(), end="", file=f, flush=True)
-    except (ImportError, OSError):
-        yield
-        return
-
-    def clear():
-        for left in lock.parent.glob(".*.unfinished"):
-            if re.fullmatch(name + r"\.\d+-\d+\.unfinished", left.name):
-                left.unlink(missing_ok=True)
-
-    try:
-        clear()
-        yield
-    finally:
-        clear()  # after workers that were stopped
-        lock.unlink(missing_ok=True)
-        f.close()
-
-
-ending = []  # not empty once a signal has come: a second one would only disturb the clearing up
-
-
-@contextmanager
-def signals_to(handler, then=None):
-    """Give Ctrl-C, SIGTERM and SIGHUP to a handler, except those that are ignored, as by nohup;
-    afterwards to another one, or as before. Only the main thread is told of signals: elsewhere
-    nothing changes."""
-    former = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                former[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler if then is None else then)
-
-
-@contextmanager
-def signals_blocked():
-    """Hold Ctrl-C and SIGHUP back for a while, and for good from processes that begin then."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
-        yield
-        return
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
-@contextmanager
-def interrupts_noted():
-    """A list that signals are added to, in place of their usual effect, so that a step or a file
-    can be finished. (The lock of a threading.Event could be held when the second one comes.)"""
-    noted = []
-    with signals_to(lambda number, _: (noted.append(number), ending.append(number))):
-        yield noted
-
-
-def end_quietly(name):
-    """Let Ctrl-C end a program without a traceback while its modules load. name: its __name__."""
-    if name == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def printable(text, keep=""):
-    """text with control characters written out: a terminal would obey them."""
-    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
-
-
-class Output:
-    """A stream whose lines are written at once, with control characters written out. A reader that
-    goes away, such as `head`, or a full disk ends the output and not the work."""
-
-    def __init__(self, stream, keep="\n\t"):
-        self.stream, self.keep, self.error = stream, keep, None
-        if hasattr(stream, "reconfigure"):  # a console may lack some letters
-            stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(self.stream.write, printable(text, self.keep))
-        if "\n" in text:
-            self.flush()
-        return len(text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, act, *args):
-        try:
-            act(*args)
-        except OSError as e:
-            self.error = self.error or e
-            # Else Python would fail to write the rest at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one line on stderr for a mistake, and the nearest flag."""
-
-    def __init__(self, **more):
-        super().__init__(allow_abbrev=False, **more)
-
-    def parse_args(self, argv=None):
-        for word in sys.argv[1:] if argv is None else argv:
-            if re.fullmatch(r"--\w+=--", word):  # of which argparse makes an empty list
-                self.error(f"{word}: -- is not a value")
-        return super().parse_args(argv)
-
-    def error(self, message):
-        if "unrecognized" in message:
-            for word in re.findall(r"--\w+", message):
-                near = difflib.get_close_matches(word, self._option_string_actions, 1)
-                message += f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"{message}; see --help")
-
-
-def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = "") -> int:
-    """The exit status of run(argv), of a program `name`: a mistake is one line on stderr and
-    status 2, Ctrl-C, SIGTERM and SIGHUP are 130. kept: what is said after these."""
-    def complain(message):
-        if sys.stderr:
-            print(f"{name}: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
-
-    def interrupt(number, _):
-        if not ending:
-            ending.append(number)
-            raise KeyboardInterrupt
-
-    ending.clear()
-    former, status = (sys.stdout, sys.stderr), 2
-    sys.stdout = former[0] and Output(former[0])
-    sys.stderr = former[1] and Output(former[1], "\n\t\r\033")  # with a line that rewrites itself
-    try:
-        # A program has nothing to interrupt at its end; a caller of main(argv) goes on.
-        with signals_to(interrupt, signal.SIG_IGN if argv is None else None), \
-                warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # NaN is looked for where it matters
-            try:
-                status = run(argv)
-            except SystemExit as e:  # after --help
-                status = e.code
-            except MemoryError:
-                complain("error: not enough memory; take a smaller model or batch")
-            except (UserError, FloatingPointError, OSError) as e:
-                complain(f"error: {e}")
-            error = sys.stdout and sys.stdout.error
-            if status == 0 and error and not isinstance(error, BrokenPipeError):
-                complain(f"error: cannot write the output: {error.strerror}")
-                status = 2
-    except KeyboardInterrupt as e:  # from anywhere above
-        complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
-        status = 130
-    finally:
-        sys.stdout, sys.stderr = former
-    return status
-
-
 def main(argv=None) -> int:
     """The three commands of the module's docstring; a wrong value is one line and status 2."""
-    return command("tasks.py", run, argv)
+    return program.command("tasks.py", run, argv)
 
 
 def run(argv) -> int:
     """What `main` does, if nothing goes wrong."""
-    parser = Parser(description="Pairs and training text for the twenty tasks.")
+    parser = program.Parser(description="Pairs and training text for the twenty tasks.")
     parser.add_argument("task", nargs="?", help="show this task only (all of them if left out)")
     parser.add_argument("--n", type=int, default=3, help="how many pairs or documents")
     parser.add_argument("--seed", type=int, default=0)

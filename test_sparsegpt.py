@@ -28,13 +28,14 @@ import types
 from collections import Counter
 from pathlib import Path
 
-import sparsegpt as sg  # before NumPy, whose BLAS then runs on one thread: see `sg.parallel`
+from docs import program  # before NumPy, whose BLAS then runs on one thread: see `sg.parallel`
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, assume, example, given, reject, settings
 from hypothesis import strategies as st
 
 import prune
+import sparsegpt as sg
 import tasks
 from docs import ask, compare, show, trace
 
@@ -744,7 +745,7 @@ def test_score_equals_the_losses_written_out(seed, n, size):
     rng = np.random.default_rng(seed)
     logits, last = size * rng.standard_normal((n, 9)), rng.integers(0, 9, n)
     right, wrong = np.array([rng.permutation(9)[:2] for _ in range(n)]).T
-    prompts = sg.Prompts(rng.integers(0, 9, (n, 9)), last, right, wrong, np.ones(n))
+    prompts = tasks.Prompts(rng.integers(0, 9, (n, 9)), last, right, wrong, np.ones(n))
     expected = [(max(0, z[w] - z[r]) + math.log1p(math.exp(-abs(z[w] - z[r]))),
                  math.log(sum(math.exp(v - max(z)) for v in z)) + max(z) - z[r],
                  z[r] > z[w]) for z, r, w in zip(logits, right, wrong)]
@@ -808,11 +809,11 @@ def test_the_shards_of_a_batch_add_up_to_its_gradient(rows, processes, monkeypat
     cfg = tiny(**{**WIDE, "batch_size": 49, "threads": 2})
     params, ids, targets = drawn(cfg, 2)
     batch = params, ids[:rows], targets[:rows], cfg
-    monkeypatch.setattr(sg, "n_processes", lambda: processes)
     monkeypatch.setattr(sg, "summed", lambda loss, flat: (loss, flat))
     parts = []
     for i in range(processes):
-        monkeypatch.setattr(sg, "rank", lambda i=i: i)
+        one = types.SimpleNamespace(rank=i, size=processes)
+        monkeypatch.setattr(sg, "processes", lambda one=one: one)
         parts.append(sg.batch_gradient(*batch))
     loss, flat = map(sum, zip(*parts))
     whole_loss, grads = sg.loss_and_grads(*batch)
@@ -1050,7 +1051,7 @@ def test_the_whole_path_runs(prose, n_ctx, idioms, capsys, monkeypatch):
     """Train, with tasks that are scored, too long for the context, or of no interest as there are
     no idioms; sample; time a step."""
     monkeypatch.setattr(sg, "evaluate_tasks", functools.partial(sg.evaluate_tasks, n=3))
-    monkeypatch.setattr(sg, "IDIOM_BYTES", 30_000)
+    monkeypatch.setattr(tasks, "IDIOM_BYTES", 30_000)
     outs = []
     for line in (flags(n_ctx=n_ctx, idioms=idioms), ["--sample=def f(", "--out=model.npz"],
                  [*flags(), "--bench"]):
@@ -1105,9 +1106,9 @@ def test_the_program_runs_as_a_script_from_anywhere():
     assert not os.listdir()
 
 @pytest.mark.parametrize("module, forbidden", [
-    (tasks, "numpy|sparsegpt|prune"), (sg, "prune"), (prune, "compare")])
+    (tasks, "sparsegpt|prune"), (sg, "prune"), (prune, "compare")])
 def test_a_file_imports_none_above_it_and_does_nothing_when_imported(module, forbidden):
-    """But sparsegpt.py sets variables of the environment, and a program's modules load quietly."""
+    """But a program's modules load quietly."""
     tree, imports = ast.parse(Path(module.__file__).read_text()), (ast.Import, ast.ImportFrom)
     names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, imports)]
     assert not re.search(rf"\b({forbidden})\b", " ".join(names))
@@ -1115,9 +1116,7 @@ def test_a_file_imports_none_above_it_and_does_nothing_when_imported(module, for
     defines = *imports, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.ClassDef
     others = [ast.unparse(node) for node in body if not isinstance(node, defines)]
     assert ast.unparse(end).startswith("if __name__ == '__main__':")
-    quietly = ["tasks.end_quietly(__name__)"] * (module is not tasks)
-    assert others[:1] == quietly and len(others) == len(quietly) + (module is sg)
-    assert all("environ.setdefault" in text for text in others[1:])
+    assert others == ["program.end_quietly(__name__)"]
 
 def test_part_one_is_short_and_plain():
     """The method, which people read, has no threads, files, messages or checks in it."""
@@ -1163,17 +1162,18 @@ def test_signals_at_any_moment_leave_a_whole_model_or_state(
 def test_ignored_signals_stay_ignored(monkeypatch):
     """As those of nohup; and handlers are put back."""
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
-    with tasks.interrupts_noted() as noted, pytest.raises(KeyboardInterrupt):
+    with program.interrupts_noted() as noted, pytest.raises(KeyboardInterrupt):
         ctrl_c()
     assert noted == []
 
 @pytest.mark.parametrize("spare", [True, False])
 def test_a_full_disk_costs_no_training(prose, spare, capsys, monkeypatch):
     """An automatic save that fails is said once, and tried again. The last one goes elsewhere."""
-    whole, real, looks = sg.train(tiny(steps=6), log=quiet), sg.write_whole, itertools.count(0, 50)
+    whole, real = sg.train(tiny(steps=6), log=quiet), program.write_whole
+    looks = itertools.count(0, 50)
     Path("spare").mkdir()
     full = {Path("model.npz").resolve().parent} | (set() if spare else {Path("spare").resolve()})
-    monkeypatch.setattr(sg.tempfile, "tempdir", "spare")
+    monkeypatch.setattr(program.tempfile, "tempdir", "spare")
     monkeypatch.setattr(sg, "time", types.SimpleNamespace(perf_counter=lambda: next(looks)))
 
     def write(path, fill):
@@ -1181,7 +1181,7 @@ def test_a_full_disk_costs_no_training(prose, spare, capsys, monkeypatch):
             raise sg.UserError(f"cannot write {path}: No space left on device")
         real(path, fill)
 
-    monkeypatch.setattr(sg, "write_whole", write)
+    monkeypatch.setattr(program, "write_whole", write)
     status, out, err = run_main(capsys, *flags(), "--steps=6")
     assert (status, err.count("\n")) == (2, 1) and "write model.npz: No space" in err
     assert out.count("the run goes on") == 1
@@ -1197,10 +1197,10 @@ def test_of_two_runs_that_write_the_same_files_one_is_refused(
     """The lock and the unfinished files of a dead process stand in nobody's way."""
     sg.save("model.npz", small_model(n_ctx=128))
     Path("circuits").mkdir()
-    with tasks.locked(place):
+    with program.locked(place):
         assert_refused(capsys, f"process {os.getpid()} writes", *line.split(), main=main)
     others = [".model.npz.2.1-2.unfinished", "circuits/.b.npz.1-2.unfinished", ".x.unfinished"]
-    lock = tasks.lock_of(Path(place))
+    lock = program.lock_of(Path(place))
     write({lock: b"1", left: b"", **{other: b"" for other in others}})
     run_main(capsys, *line.split(), main=main)
     assert not Path(left).exists() and not lock.exists()
@@ -1242,13 +1242,13 @@ def test_processes_of_mpirun_train_as_one(prose):
 
 def test_every_line_is_written_at_once():
     raw = io.BytesIO()
-    stream = tasks.Output(io.TextIOWrapper(io.BufferedWriter(raw), "ascii"))
+    stream = program.Output(io.TextIOWrapper(io.BufferedWriter(raw), "ascii"))
     print("line\x1b[2J", file=stream)
     assert raw.getvalue() == rb"line\x1b[2J" + b"\n"
 
 @given(text=st.text())
 def test_control_characters_never_reach_a_terminal(text):
-    seen = tasks.printable(text, "\n")
+    seen = program.printable(text, "\n")
     assert all(c.isprintable() or c == "\n" for c in seen)
     assert seen == text or not text.replace("\n", "").isprintable()
 
@@ -1267,7 +1267,7 @@ def drawn_mask(cfg, seed, density=0.6):
               for name, w in drawn(cfg, seed)[0].items()}
     n, T = 2 * rng.integers(1, 12), rng.integers(1, cfg.n_ctx + 1)
     answers = np.array([rng.permutation(V)[:2] for _ in range(n)]).T
-    prompts = sg.Prompts(rng.integers(0, V, (n, T)), rng.integers(0, T, n), *answers,
+    prompts = tasks.Prompts(rng.integers(0, V, (n, T)), rng.integers(0, T, n), *answers,
                          np.tile([1, -1], n // 2))
     nodes = np.concatenate([rng.random(part.stop - part.start) < rng.choice([0, 0.3, 0.7, 1])
                             for part in prune.node_slices(cfg).values()])
@@ -2002,7 +2002,7 @@ def test_a_damaged_or_foreign_file_is_no_circuit(cues, capsys, value, data):
 def brief(cues, monkeypatch):
     """Searches as short as FEW, from the command line too, and a corpus of a few tokens."""
     real, code = prune.settings_of, np.random.default_rng(0).integers(97, 101, 99)
-    corpus = sg.Corpus(sg.Tokenizer([]), {}, dict(code=code.astype(np.uint16)), "")
+    corpus = tasks.Corpus(sg.Tokenizer([]), {}, dict(code=code.astype(np.uint16)), "")
     monkeypatch.setattr(prune, "settings_of", lambda given: dataclasses.replace(
         real(given), steps=60, search_pairs=16))
     monkeypatch.setattr(compare, "SWEEP", (0.3, 0.15))

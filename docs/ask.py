@@ -3,11 +3,27 @@
     python prune.py single_double_quote --ask 'print("hello'      # needs the circuit to be found
     python prune.py single_double_quote --ablate h0.neuron.17     # the model, without a node
 """
-import sparsegpt as sg  # before NumPy
 import numpy as np
+
 import prune
+import sparsegpt as sg
+import tasks
 from docs import readings
 from docs.show import one_line
+
+
+def own_prompt(model, text, answers=None):
+    """The Prompts of one prompt of one's own, with the tokens that decide between two answers, or
+    with zeros in their place. Raises UserError on an unusable one."""
+    ids, two = [model.tok.EOT, *model.tok.encode(text)], (0, 0)
+    try:
+        if answers:
+            ids, *two = tasks.deciding_tokens(model.tok, text, *answers)
+        if len(ids) > model.cfg.n_ctx:
+            raise ValueError(f"{len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
+    except ValueError as e:
+        raise sg.UserError(f"{text!r}: {e}") from e
+    return tasks.Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, *two, 1)))
 
 
 def ask(circuit, model, texts, answers=None):
@@ -19,16 +35,8 @@ def ask(circuit, model, texts, answers=None):
     pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
     known = np.unique(np.stack([pool.right, pool.wrong], 1)[pool.sign > 0], axis=0)
     for text in texts:
-        ids, two = [tok.EOT, *tok.encode(text)], known
-        try:
-            if answers:
-                ids, *two = prune.tasks.deciding_tokens(tok, text, *answers)
-                two = np.array([two])
-            if len(ids) > model.cfg.n_ctx:
-                raise ValueError(f"{len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
-        except ValueError as e:
-            raise sg.UserError(f"--ask {text!r}: {e}") from e
-        one = sg.Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, 0, 0, 1)))
+        one = own_prompt(model, text, answers)
+        two = np.stack([one.right, one.wrong], 1) if answers else known
         runner = prune.PlainRunner(model, frozen, one)
         full, own = (runner.logits(mask)[0].astype(float)
                      for mask in (prune.every_node(model.cfg), circuit.mask))
@@ -47,12 +55,8 @@ def ask(circuit, model, texts, answers=None):
 
 def walk(circuit, model, text):
     """What `explain` prints of a circuit, on a prompt of one's own."""
-    ids = np.array([[model.tok.EOT, *model.tok.encode(text)]])
-    if ids.shape[1] > model.cfg.n_ctx:
-        raise sg.UserError(f"{ids.shape[1]} tokens exceed the context of {model.cfg.n_ctx}")
-    one = sg.Prompts(ids, *(np.array([x]) for x in (ids.shape[1] - 1, 0, 0, 1)))
     frozen = prune.ModelContext(model, circuit.settings.ablation).frozen
-    return readings.pair_readings(model, circuit.mask, frozen, one, {})[0]
+    return readings.pair_readings(model, circuit.mask, frozen, own_prompt(model, text), {})[0]
 
 
 def intervene(model, task, values, settings):

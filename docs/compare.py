@@ -21,12 +21,14 @@ from statistics import geometric_mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python docs/compare.py` runs too
 
-import tasks
+from docs import program
 
-tasks.end_quietly(__name__)
-import sparsegpt as sg
+program.end_quietly(__name__)
 import numpy as np
+
 import prune
+import sparsegpt as sg
+import tasks
 from docs import record, show
 
 SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
@@ -329,7 +331,7 @@ def plot(curves):
 
 def run(argv):
     """What `main` does, if nothing goes wrong."""
-    parser = tasks.Parser(description="Compare the sizes of circuits in several models.",
+    parser = program.Parser(description="Compare the sizes of circuits in several models.",
                           argument_default=argparse.SUPPRESS)
     parser.add_argument("models", nargs="+", metavar="FILE", help="checkpoints")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all")
@@ -354,8 +356,8 @@ def run(argv):
     if len(kinds) > 8 or len(set(map(len, kinds))) > 1:
         raise sg.UserError("give at most 8 models, and equally many seeds of each; these have "
                            f"{', '.join(str(len(kind)) for kind in kinds)}")
-    tasks.check_output(Path(folder, "compare.json"))
-    with tasks.locked(folder):
+    program.check_output(Path(folder, "compare.json"))
+    with program.locked(folder):
         compare([prune.ModelContext(m, settings.ablation) for m in models], settings, folder,
                 max(m.cfg.threads or sg.n_cores() for m in models),
                 given.get("tasks", list(tasks.TASKS)))
@@ -364,8 +366,8 @@ def run(argv):
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
-    return tasks.command("docs/compare.py", run, argv, "finished rows are kept; the same command "
-                         "continues")
+    return program.command("docs/compare.py", run, argv, "finished rows are kept; the same command"
+                           " continues")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Reads a circuit's nodes, edges and heads off the model, for its file: see prune.describe."""
-import sparsegpt as sg  # before NumPy
 import numpy as np
+
 import prune
+import sparsegpt as sg
 from docs import show
 
 

@@ -11,9 +11,11 @@ activation's output over its input. So the parts of a node add up to it, down to
 import heapq
 from collections import defaultdict
 
-import sparsegpt as sg  # before NumPy
 import numpy as np
+
 import prune
+import sparsegpt as sg
+from docs import ask
 from docs.show import one_line
 
 
@@ -90,17 +92,13 @@ def trace(model, text, answers=None, share=0.8, most=60):
     signs aside, or has `most` nodes; and a check of it by deleting its nodes one at a time.
     answers: two to compare in place of the top token and the runner-up. Raises UserError on an
     unusable prompt."""
-    ids, two = [model.tok.EOT, *model.tok.encode(text)], None
-    if answers:
-        try:
-            ids, *two = prune.tasks.deciding_tokens(model.tok, text, *answers)
-        except ValueError as e:
-            raise sg.UserError(f"--trace: {e}") from e
-    ids = np.array(ids)
-    if len(ids) > model.cfg.n_ctx:
-        raise sg.UserError(f"--trace: {len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
-    one, last = Prompt(model, ids), len(ids) - 1
-    first, second = two or np.argsort(-one.logits)[:2]
+    prompt = ask.own_prompt(model, text, answers)
+    [ids], last = prompt.ids, int(prompt.last[0])
+    one = Prompt(model, ids)
+    if not answers:
+        prompt = prompt._replace(right=np.argsort(-one.logits)[:1],
+                                 wrong=np.argsort(-one.logits)[1:2])
+    [first], [second] = prompt.right, prompt.wrong
     head = one.p["head.w"][:, first] - one.p["head.w"][:, second]
     difference = one.logits[first] - one.logits[second]
     tree = [(head[c] * one.value["final"][last, c], ("final", last, c), head[c], "", [])
@@ -164,15 +162,12 @@ def trace(model, text, answers=None, share=0.8, most=60):
     show(tree, 0, last)
     lines.append(f"not followed to its end: {open_ / (open_ + leaves):.0%} of all amounts, signs "
                  "aside")
-    return lines + check(one, amounts, first, second, difference)
+    return lines + check(model, prompt, amounts, difference)
 
 
-def check(one, amounts, first, second, difference):
+def check(model, prompt, amounts, difference):
     """Lines of text: how the amounts of nodes correlate with what their deletion takes away."""
-    model, cfg = one.model, one.model.cfg
-    means = prune.mean_activations(model, model.text)
-    prompt = sg.Prompts(one.ids[None], *(np.array([x]) for x in (
-        len(one.ids) - 1, int(first), int(second), 1)))
+    cfg, means = model.cfg, prune.mean_activations(model, model.text)
     runner, rows = prune.PlainRunner(model, means, prompt), []
     for name, parts in amounts.items():
         n = prune.node_number(name, cfg)
