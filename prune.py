@@ -33,7 +33,6 @@ import threading
 import time
 from collections import defaultdict
 from concurrent import futures
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -528,7 +527,7 @@ def agree(task):
 
 # ---- the search ---------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """What decides a search. Raises UserError on a wrong value."""
     target: float = 0.15     # binary loss in nats that the circuit may have
@@ -554,27 +553,6 @@ class Settings:
 # k_coef (loss per node kept), rate and temperature of the runs, in the order of their use.
 TRIALS = ((1e-3, 0.03, 1.0), (1e-3, 0.01, 1.0), (1e-3, 0.03, 0.3))
 TOO_LARGE = 2000  # edges that are not cleaned: thousands of trials of a quarter of a second each
-
-
-class Progress:
-    """One line on stderr that rewrites itself; silent without a name, and where stderr is not a
-    terminal."""
-
-    def __init__(self, name=""):
-        self.name, self.stage = name, None
-        self.began = self.last = time.perf_counter()
-        self.shown = bool(name) and sys.stderr.isatty()
-
-    def __call__(self, stage, done, total, note=""):
-        """Say that `done` of `total` of a stage are done."""
-        now = time.perf_counter()
-        if stage != self.stage:
-            self.stage, self.began = stage, now
-        elif self.shown and now - self.last > 1 and done:
-            self.last = now
-            left = sg.clock((now - self.began) * (total - done) / done)
-            print(f"\r\033[K{self.name}: {stage}, {done} of {total}, {note}{left} left\r", end="",
-                  file=sys.stderr, flush=True)
 
 
 class PruningTask:
@@ -908,7 +886,7 @@ class ModelContext:
             mean_activations(model, model.text))
 
 
-@dataclass
+@dataclasses.dataclass
 class Circuit:
     """A task's circuit. record: all else that is saved, printed and drawn: see `describe`."""
     task: str
@@ -986,7 +964,7 @@ def start_worker(added):
 def run_search(name, job):
     """(job's name, SearchResult) of a job (name, PruningTask, seed of the masks)."""
     key, task, seed = job
-    return key, search(task, Progress(name and f"{name}, {key}"), seed)
+    return key, search(task, program.Progress(name and f"{name}, {key}"), seed)
 
 
 def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, shown=True,
@@ -1191,17 +1169,13 @@ def digest(record):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_text(path, text):
-    """Write a text file, whole or not at all."""
-    program.write_whole(path, lambda f: f.write(text.encode("utf-8", "surrogatepass")))
-
-
 def save(path, circuit):
     """Write a Circuit as JSON: all that reproduces its losses. Raises UserError if it cannot be
     written."""
     record = dict(format=FORMAT, task=circuit.task,
                   settings=dataclasses.asdict(circuit.settings), **circuit.record)
-    write_text(path, json.dumps(dict(record, sha256=digest(record)), indent=1, ensure_ascii=False))
+    text = json.dumps(dict(record, sha256=digest(record)), indent=1, ensure_ascii=False)
+    program.write_text(path, text)
 
 
 def load(path):
@@ -1270,8 +1244,8 @@ def verify(circuit, context):
 
 def save_drawings(path, circuit):
     """Write the page and the graph beside a circuit's file."""
-    write_text(path.with_suffix(".html"), show.page(circuit))
-    write_text(path.with_suffix(".dot"), show.dot(circuit.record))
+    program.write_text(path.with_suffix(".html"), show.page(circuit))
+    program.write_text(path.with_suffix(".dot"), show.dot(circuit.record))
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -1321,7 +1295,7 @@ def prune_all(context, settings, folder, seeds, workers, log=print):
         log(f"{i:>2} of {n}  {task:<28} {row[1]}; {sg.clock(left)} left")
     path = Path(folder, "summary.html")
     log(f"\n{show.summary(rows)}")
-    write_text(path, show.summary_page(rows))
+    program.write_text(path, show.summary_page(rows))
     log(f"wrote {path}, which shows all of them")
 
 
@@ -1396,10 +1370,10 @@ TAKES = dict(check={"model"}, trace={"model", "answers"}, explain={"task", "mode
 def run(argv):
     """What `main` does, if nothing goes wrong."""
     given = vars(make_parser().parse_args(argv))
-    if (own_tasks := given.pop("tasks", None)) is not None:
-        tasks.load(own_tasks)
+    if "tasks" in given:
+        tasks.load(given["tasks"])
     [mode] = given.keys() & TAKES or ["search"]
-    if more := given.keys() - TAKES.get(mode, given) - {mode}:
+    if more := given.keys() - TAKES.get(mode, given) - {mode, "tasks"}:
         raise sg.UserError(f"--{mode} takes no {'' if more == {'task'} else '--'}{min(more)}")
     settings, task, folder = settings_of(given), given.get("task"), given.get("out", "circuits")
     path = Path(given.get("check", Path(folder, f"{task}.json")))
@@ -1457,11 +1431,10 @@ def run(argv):
             circuit = prune(model, task, settings, context, seeds, workers=workers)
             circuit = finish(folder, circuit, context)
         print(listing(circuit, "verbose" in given))
-        flags = {name: f" --{name} {shlex.quote(given[name])}"
-                 for name in ("model", "out") if name in given}
-        if own_tasks is not None:
-            flags["model"] = f" --tasks {shlex.quote(own_tasks)}" + flags.get("model", "")
-        print(f"\nwrote {path}, .html and .dot; {show.next_commands(circuit, **flags)}")
+        *flags, out = (f" --{name} {shlex.quote(given[name])}" if name in given else ""
+                       for name in ("tasks", "model", "out"))
+        print(f"\nwrote {path}, .html and .dot; "
+              f"{show.next_commands(circuit, ''.join(flags), out)}")
     return 0
 
 

@@ -62,7 +62,7 @@ xp = np  # NumPy or CuPy. Other files read sparsegpt.xp, as `use_device` may reb
 #   parallel, in_chunks        run a function over items, or over parts of arrays, on all cores
 #   shifted                    logits and sink, made safe for exp
 #   normal_cdf                 Phi(x), which NumPy lacks
-#   fused, abstopk_rows, *_fused   whether x is a float32 array on a GPU, and the kernels for it
+#   fused, gpu                 whether x is a float32 array on a GPU, and the kernels for it
 
 # ---- settings -----------------------------------------------------------------------------------
 
@@ -168,12 +168,16 @@ def take_rows_backward(dout, cache):
 
 def rmsnorm(x, eps=1e-5):  # [N, C] -> [N, C]
     """Each row divided by its root mean square. It has no gain: see the top."""
+    if fused(x):
+        return gpu.rmsnorm(x, eps)
     scale = 1 / xp.sqrt((x * x).mean(1, keepdims=True) + eps)
     out = x * scale
     return out, (out, scale)
 
 def rmsnorm_backward(dout, cache):
     out, scale = cache
+    if fused(out):
+        return gpu.rmsnorm_backward(dout, out, scale)
     return (dout - out * (dout * out).mean(1, keepdims=True)) * scale
 
 
@@ -189,8 +193,8 @@ def linear_backward(dout, cache, weights=True):
 
 def topk_mask(magnitude, k):  # [..., C] >= 0 -> bool [..., C]
     """True at the k largest of each row along the last axis: exactly k, the first of equals."""
-    if fused(magnitude) and magnitude.ndim > 1:
-        return abstopk_rows(magnitude, k)[1]
+    if fused(magnitude):
+        return gpu.topk_mask(magnitude, k)
     bits = magnitude.view(f"i{magnitude.itemsize}")  # which sort alike, and faster
     kth = xp.partition(bits, -k, axis=-1)[..., -k, None]
     mask = bits >= kth
@@ -206,7 +210,7 @@ def abstopk(x, k):  # [..., C] -> [..., C]
     if k >= x.shape[-1]:
         return x, None
     if fused(x):
-        return abstopk_rows(x, k)
+        return gpu.abstopk(x, k)
     mask = topk_mask(abs(x), k)
     return x * mask, mask
 
@@ -217,7 +221,7 @@ def abstopk_backward(dout, mask):
 def gelu(x):
     """x * Phi(x), the exact GELU. The cache is its derivative, Phi(x) + x * phi(x)."""
     if fused(x):
-        return gelu_fused(x)
+        return gpu.gelu(x)
     bell = xp.exp(-0.5 * x * x)
     cdf = normal_cdf(x, bell)
     return x * cdf, cdf + x * bell * (1 / math.sqrt(2 * math.pi))
@@ -259,7 +263,7 @@ def softmax(logits, sink):  # [B, H, T, T], [H] or None -> [B, H, T, T], [B, H, 
     """Softmax over the keys. sink: a logit per head that joins the denominator only (paper A.1).
     Returns the attention weights and the share of the sink, which sum to 1 for each query."""
     if fused(logits):
-        return softmax_fused(logits, sink)
+        return gpu.softmax(logits, sink)
     logits, sink = shifted(logits, sink)
     e, e_sink = xp.exp(logits), xp.exp(sink)
     total = xp.einsum("bhts->bht", e)[..., None] + e_sink  # 3 times as fast as e.sum(-1)
@@ -367,11 +371,6 @@ def init_flat(cfg):
             if name.endswith(("attn.wo", "mlp.wproj")):
                 w /= math.sqrt(2 * cfg.n_layer)
     return xp.asarray(flat)
-
-
-def init_params(cfg):
-    """Fresh parameters by name: see `init_flat`."""
-    return views(init_flat(cfg), cfg)
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -610,10 +609,13 @@ def gradient_scale(g, cfg):  # [n] -> 0-d
 
 def adam(w, g, m, v, step, cfg):  # [n] each
     """One step of Adam; w and the moments m and v change in place."""
+    rate = learning_rate(step, cfg) / (1 - cfg.beta1 ** (step + 1))
+    unbias = 1 - cfg.beta2 ** (step + 1)
+    if fused(w):
+        return gpu.adam(w, g, m, v, rate, unbias, cfg)
     m += (1 - cfg.beta1) * (g - m)
     v += (1 - cfg.beta2) * (g * g - v)
-    rate = learning_rate(step, cfg) / (1 - cfg.beta1 ** (step + 1))
-    w -= rate * m / (xp.sqrt(v / (1 - cfg.beta2 ** (step + 1))) + cfg.eps)
+    w -= rate * m / (xp.sqrt(v / unbias) + cfg.eps)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -1306,12 +1308,12 @@ def main(argv=None):
 
 
 # ---- the GPU ------------------------------------------------------------------------------------
-# On CuPy the ops of Part I run as they are, and three of them as one kernel each: see `fused`.
+# On CuPy the ops of Part I run as they are, but for those that docs/gpu.py has kernels for.
 
 def use_device(name):
     """Choose the array module: "cpu" (NumPy) or "gpu" (CuPy). Returns a line that says what was
     chosen. Raises UserError if CuPy or a device is missing: never a silent fall-back."""
-    global xp
+    global xp, gpu
     if name not in ("cpu", "gpu"):
         raise UserError(f"SPARSEGPT_DEVICE must be cpu or gpu, not {name!r}")
     if name == "cpu":
@@ -1324,6 +1326,7 @@ def use_device(name):
         raise UserError(f"SPARSEGPT_DEVICE=gpu, but there is no usable GPU: {type(e).__name__}: "
                         f"{e}; install CuPy for your CUDA version (pip install cupy-cuda12x) or "
                         "set SPARSEGPT_DEVICE=cpu") from e
+    from docs import gpu
     xp = cupy
     if processes().rank:
         cupy.cuda.Device(processes().rank % cupy.cuda.runtime.getDeviceCount()).use()
@@ -1336,99 +1339,8 @@ def to_host(x):
 
 
 def fused(x):
-    """Whether ops run as kernels on x: one pass over memory for what plain lines do in several."""
+    """Whether ops run as kernels of docs/gpu.py on x."""
     return hasattr(xp, "RawKernel") and x.dtype == np.float32
-
-
-@functools.cache
-def kernel(kind, *definition):
-    """A "RawKernel" or an "ElementwiseKernel" of CuPy, which compiles it when it is first run."""
-    return getattr(xp, kind)(*definition)
-
-
-def run_rows(code, name, n, *args):
-    """Run a CUDA kernel on n rows, each of them one warp's."""
-    kernel("RawKernel", code, name)((-(-n // 4),), (32, 4), (np.int32(n), *args))
-
-
-ABSTOPK = r"""
-extern "C" __global__ void abstopk(int rows, const float* x, float* out, bool* mask, int k) {
-    int lane = threadIdx.x, row = blockIdx.x * blockDim.y + threadIdx.y, v[(C + 31) / 32];
-    if (row >= rows) return;
-    long long at = (long long)row * C;
-    #pragma unroll
-    for (int i = 0; i < (C + 31) / 32; i++)  // |x| as integers, in registers
-        v[i] = 32 * i + lane < C ? __float_as_int(x[at + 32 * i + lane]) & 0x7fffffff : -1;
-    int least = 0;  // the k-th largest, found bit by bit: the largest that k of them reach
-    for (int bit = 1 << 30; bit; bit >>= 1) {
-        int n = 0;
-        #pragma unroll
-        for (int i = 0; i < (C + 31) / 32; i++) n += v[i] >= (least | bit);
-        for (int s = 16; s; s /= 2) n += __shfl_xor_sync(~0u, n, s);
-        if (n >= k) least |= bit;
-    }
-    int room = k;  // for equals of the k-th: what those above it leave
-    #pragma unroll
-    for (int i = 0; i < (C + 31) / 32; i++) room -= __popc(__ballot_sync(~0u, v[i] > least));
-    #pragma unroll
-    for (int i = 0; i < (C + 31) / 32; i++) {
-        unsigned ties = __ballot_sync(~0u, v[i] == least);
-        bool keep = v[i] > least
-            || (v[i] == least && __popc(ties & ((1u << lane) - 1)) < room);
-        room -= __popc(ties);
-        if (32 * i + lane < C) {
-            out[at + 32 * i + lane] = keep ? x[at + 32 * i + lane] : 0;
-            mask[at + 32 * i + lane] = keep;
-        }
-    }
-}"""
-
-
-def abstopk_rows(x, k):  # [..., C], C <= 4096 -> [..., C], bool [..., C]
-    """x with all but the k largest |x| of each row zeroed, and the mask."""
-    C, out, mask = x.shape[-1], xp.empty(x.shape, x.dtype), xp.empty(x.shape, bool)
-    run_rows(f"#define C {C}" + ABSTOPK, "abstopk", x.size // C, xp.ascontiguousarray(x), out,
-             mask, np.int32(k))
-    return out, mask
-
-
-def gelu_fused(x):
-    """`gelu`."""
-    return kernel("ElementwiseKernel", "T x", "T y, T slope", """
-        T cdf = T(0.5) * erfc(x * T(-0.7071067811865476));
-        y = x * cdf;
-        slope = cdf + x * exp(x * x * T(-0.5)) * T(0.3989422804014327)""", "gelu")(x)
-
-
-SOFTMAX = r"""
-extern "C" __global__ void softmax(int rows, float* e, const float* sink, float* total,
-                                   float* to_sink, int first, int queries, int heads, int keys) {
-    int lane = threadIdx.x, row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= rows) return;
-    e += (long long)row * keys;
-    int last = first + row % queries;  // the last key that this query sees
-    float own = sink[row / queries % heads], top = own, sum = 0;
-    for (int i = lane; i <= last; i += 32) top = fmaxf(top, e[i]);
-    for (int s = 16; s; s /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, s));
-    for (int i = lane; i < keys; i += 32) sum += e[i] = i <= last ? expf(e[i] - top) : 0;
-    for (int s = 16; s; s /= 2) sum += __shfl_xor_sync(~0u, sum, s);
-    own = expf(own - top);
-    if (lane == 0) {
-        total[row] = sum + own;
-        to_sink[row] = own / (sum + own);
-    }
-}"""
-
-
-def softmax_fused(logits, sink):
-    """`softmax`."""
-    B, H, T, _ = logits.shape
-    e, (total, sink_share) = xp.ascontiguousarray(logits), xp.empty((2, B, H, T, 1), logits.dtype)
-    own = xp.full(H, -math.inf, e.dtype) if sink is None else sink
-    run_rows(SOFTMAX, "softmax", B * H * T, e, own, total, sink_share,
-             *map(np.int32, (0, T, H, T)))  # e becomes exp(logits - the row's largest)
-    e /= total
-    return e, sink_share
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def compare_one(contexts, settings, job):
     row["full"] = task.full_loss()
     if not row["full"] <= max(SWEEP):  # nor is NaN
         return row
-    progress, order = prune.Progress(), prune.rank_by_attribution(task)
+    progress, order = program.Progress(), prune.rank_by_attribution(task)
     loss = functools.cache(lambda n: task.loss(prune.top_nodes(order, n)))
     for target, mask, (nodes, edges) in curve(task, progress):
         point = dict(task=name, target=target)
@@ -116,7 +116,7 @@ def compare(contexts, settings, folder, workers, names, log=print):
         raise sg.UserError(f"{path} is of other settings: choose another --out, or delete it")
 
     def save():
-        prune.write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
+        program.write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
 
     prints = [context.fingerprint for context in contexts]
     finished = {(row["model"], row["task"]) for row in rows}
@@ -139,7 +139,7 @@ def compare(contexts, settings, folder, workers, names, log=print):
     curves = {kind[0]["name"]: [dict(p, task=f"{p['task']} {i or ''}") for i, m in enumerate(kind)
                                 for row in shown if row["model"] == m["model"]
                                 for p in row["points"]] for kind in kinds}
-    prune.write_text(path.with_suffix(".html"), show.document(
+    program.write_text(path.with_suffix(".html"), show.document(
         "Circuits compared", "<p>Edges: nonzero weights between two kept nodes, not cleaned.</p>",
         plot(curves) if all(curves.values()) else "", f"<pre>{html.escape(text)}</pre>"))
     log(f"wrote {path} and .html")

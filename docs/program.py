@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,11 @@ def save_or_aside(save, path, *args):
             aside.parent.rmdir()
             raise UserError(f"{e}; {second}") from e
         raise UserError(f"{e}; it was saved to {aside}: make room, and move it to {path}") from e
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    write_whole(path, lambda f: f.write(text.encode("utf-8", "surrogatepass")))
 
 
 def check_output(path):
@@ -225,6 +231,27 @@ def clock(seconds):
     """Seconds as m:ss or h:mm:ss."""
     m, s = divmod(round(seconds), 60)
     return f"{m}:{s:02}" if m < 60 else f"{m // 60}:{m % 60:02}:{s:02}"
+
+
+class Progress:
+    """One line on stderr that rewrites itself; silent without a name, and where stderr is not a
+    terminal."""
+
+    def __init__(self, name=""):
+        self.name, self.stage = name, None
+        self.began = self.last = time.perf_counter()
+        self.shown = bool(name) and sys.stderr.isatty()
+
+    def __call__(self, stage, done, total, note=""):
+        """Say that `done` of `total` of a stage are done."""
+        now = time.perf_counter()
+        if stage != self.stage:
+            self.stage, self.began = stage, now
+        elif self.shown and now - self.last > 1 and done:
+            self.last = now
+            left = clock((now - self.began) * (total - done) / done)
+            print(f"\r\033[K{self.name}: {stage}, {done} of {total}, {note}{left} left\r", end="",
+                  file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -61,10 +61,10 @@ def listing(circuit, verbose=False):
         "\n".join(block) for block in blocks(r, verbose))
 
 
-def next_commands(circuit, model="", out=""):
-    """Three commands to go on with, a line each. model, out: flags that they need."""
+def next_commands(circuit, flags="", out=""):
+    """Three commands to go on with, a line each. flags, out: those that they need."""
     nodes, (prompt, _) = circuit.record["nodes"], circuit.record["example"]["prompts"]
-    start = f"\n    python prune.py {circuit.task}{model}"
+    start = f"\n    python prune.py {circuit.task}{flags}"
     text = shlex.quote("".join(prompt[1:]).replace("⏎", "\n"))
     lines = f"next:{start}{out} --explain{start}{out} --ask {text}"
     if nodes:
