@@ -41,7 +41,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from docs import program  # before NumPy: it sets the number of BLAS threads
+from docs import program  # before NumPy: docs sets the number of BLAS threads
 
 program.end_quietly(__name__)
 import numpy as np

@@ -1,7 +1,4 @@
-"""What every program here does at its edges: whole files, locks, signals, output, flags.
-
-Imported before NumPy, whose BLAS it sets to one thread.
-"""
+"""What every program here does at its edges: whole files, locks, signals, output, flags."""
 import argparse
 import difflib
 import os
@@ -15,11 +12,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-# BLAS reads these when NumPy is loaded. The threads are ours: see `sparsegpt.parallel`.
-for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-
 
 class UserError(ValueError):
     """Something the user can put right: a command prints it as one line and ends with status 2."""
