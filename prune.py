@@ -15,9 +15,8 @@ steps: learn a mask over nodes by gradient descent through a hard threshold (the
 keep the fewest nodes that reach the target loss; delete every node and edge that the circuit can
 do without, one at a time (the paper did this by hand, and kept all edges).
 
-The file reads from top to bottom: nodes and edges, prompts and losses, running a circuit, a faster
-runner, the search, one model with its tasks, checks, files, command line. docs/ has what prints,
-draws and questions a circuit.
+The file reads from top to bottom: nodes and edges, prompts, runners, the search, a model's tasks,
+checks, files, command line. docs/ has what prints, draws and questions a circuit.
 """
 import argparse
 import dataclasses
@@ -31,7 +30,6 @@ import shlex
 import sys
 import threading
 import time
-from collections import defaultdict
 from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
@@ -459,12 +457,19 @@ class FastRunner(PlainRunner):
         w, p["head.b"] = delete_weights(self.host["head.w"], self.host["head.b"],
                                         self.frozen[slices["final"]], ~kept["final"][:, None])
         p["head.w"] = w[kept["final"]]
-        p = {name: sg.xp.asarray(x, cfg.dtype) for name, x in p.items()}
-        p |= {site: sg.xp.asarray(np.flatnonzero(x)) for site, x in kept.items()}
-        return {**self.model.params, **p}
+        p = {name: sg.xp.asarray(x, cfg.dtype) for name, x in (self.host | p).items()}
+        return p | {site: sg.xp.asarray(np.flatnonzero(x)) for site, x in kept.items()}
 
     def hook(self, mask, params, part, values):
         return KeptChannels(self.model.cfg, params, part, values)
+
+    def logits(self, mask):
+        """On the host: a GPU would only wait for the launches of so small arrays."""
+        device, sg.xp = sg.xp, np
+        try:
+            return super().logits(mask)
+        finally:
+            sg.xp = device
 
 
 class KeptChannels:
@@ -505,10 +510,9 @@ def agree(task):
     runners = [kind(model, frozen, few) for kind in (PlainRunner, FastRunner)]
     # Shares of kept nodes. In the last circuit, no kept channel reads some heads.
     for share, attn_out in (0.05, 0.05), (0.3, 0.3), (0.9, 0.9), (0.9, 0.02):
-        shares = {site: attn_out if "attn_out" in site else share for site in node_slices(cfg)}
-        nodes = [rng.random(part.stop - part.start) < shares[site]
-                 for site, part in node_slices(cfg).items()]
-        mask = CircuitMask(np.concatenate(nodes))
+        mask = CircuitMask(np.concatenate([
+            rng.random(part.stop - part.start) < (attn_out if "attn_out" in site else share)
+            for site, part in node_slices(cfg).items()]))
         mask = mask._replace(edges={name: kept & (rng.random(kept.shape) < 0.8) for name, kept in
                                     kept_edges(mask, params, cfg).items()})
         seen = []
@@ -914,9 +918,8 @@ def on_cores(fn, items, workers):
     """fn(item) of every item as they are done, in `workers` processes. Raises UserError if these
     end too early.
 
-    Processes, not threads: the arrays are so small that the interpreter's lock would leave a
-    second thread nearly nothing to do. One worker, and a GPU, stay in this process. Under mpirun
-    the first process deals out the items, and the others work.
+    Processes, not threads: with arrays so small, these would wait for the interpreter's lock. One
+    worker, and a GPU, stay in this process. Under mpirun the first process deals out the items.
     """
     if workers > 1 and sg.processes().size > 1:
         from mpi4py.futures import MPICommExecutor
@@ -1087,7 +1090,7 @@ def check_seeds(found, mask):
 def check_attention(task, mask):
     """(check, {(block, head): share}): how much of its attention each head of the circuit puts
     where it does in the full model, the mean over all positions of the prompts."""
-    cfg, shared = task.model.cfg, defaultdict(list)
+    cfg, shared = task.model.cfg, {}
     params = PlainRunner(task.model, task.frozen, task.judged.rows([0, 1])).params(mask)
     for _, part in task.judged.parts():
         inside = np.arange(part.ids.shape[1]) <= part.last[:, None]  # not padding
@@ -1095,7 +1098,7 @@ def check_attention(task, mask):
         _, own = sg.forward(params, part.ids, cfg, Ablation(mask.nodes, task.frozen, cfg))
         for i, head in heads_of(mask, cfg):
             both = np.minimum(*(attention_weights(cache, i)[:, head] for cache in (full, own)))
-            shared[i, head].append(both.sum(-1)[inside])
+            shared.setdefault((i, head), []).append(both.sum(-1)[inside])
     overlap = {head: float(np.concatenate(x).mean()) for head, x in shared.items()}
     if not overlap:
         return check("attention", None, "the circuit has no attention head"), {}
@@ -1408,9 +1411,6 @@ def run(argv):
     elif mode in ("set", "ablate"):
         values = given.get("set", [(name, None) for name in given.get("ablate", ())])
         values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
-        if mode == "ablate":
-            means = mean_activations(model, model.text)
-            values = {node: means[node] for node in values}
         print("\n".join(ask.intervene(model, task, values, settings)))
     elif task is None:
         print("\n".join(ask.overview(model, folder)))

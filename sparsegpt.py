@@ -108,6 +108,7 @@ class Config:
 
     data: str = flag("stdlib", "files or folders, with commas; stdlib: Python's library")
     idioms: float = flag(0.9, "share of the sequences drawn from generated idioms")
+    late: int = flag(1, "how many times as often idioms show tasks that are learned late")
     max_mb: float = flag(0.0, "read about this many megabytes of each source; 0: all")
 
     threads: int = flag(0, "threads; 0: one a core. The result does not depend on it")
@@ -276,8 +277,7 @@ def split_heads(x, B, d_head):  # [B*T, C] -> a view [B, H, T, D]
 
 
 def merge_heads(x):  # [B, H, T, D] -> [B*T, C]
-    B, H, T, D = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(B * T, H * D)
+    return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1] * x.shape[3])
 
 
 def attention(qkv, sink, table, B, d_head):  # [B*T, 3C] -> [B*T, C]
@@ -656,7 +656,7 @@ def training_steps(flat, m, v, start, streams, cfg):
 
 # (lowest, highest) of Config's numbers; for the others (0, 1) of floats, (1, 65536) of integers.
 RANGES = dict(n_layer=(1, 99), n_ctx=(2, 1 << 16), vocab_size=(257, 1 << 16), steps=(1, 1 << 31),
-              min_per_neuron=(0, 1 << 16), seed=(0, 1 << 31), threads=(0, 1 << 10),
+              min_per_neuron=(0, 1 << 16), late=(1, 9), seed=(0, 1 << 31), threads=(0, 1 << 10),
               afrac=(1e-9, 1), density=(1e-9, 1), lr=(1e-9, 1e3), eps=(1e-12, 1e3),
               beta1=(0, 0.999999), beta2=(0, 0.999999), weight_decay=(0, 1e3), max_mb=(0, 1e6))
 
@@ -1225,7 +1225,7 @@ def bench(cfg, n=15, log=print):
 # loss: see docs/results.md.
 DENSE = dict(d_model=64, density=1.0, afrac=1.0, lr=0.007, steps=7000, out="out/dense.npz")
 # Five times the text, with smaller circuits and more tasks: see docs/defaults.md.
-LONG = dict(afrac=1 / 4, batch_size=32, steps=13000, out="out/long.npz")
+LONG = dict(afrac=1 / 4, batch_size=32, steps=13000, late=3, out="out/long.npz")
 QUICK = dict(n_layer=1, d_model=64, density=1 / 8, afrac=1.0, lr=0.016, steps=1000,
              max_mb=0.3, out="out/quick.npz")
 PRESETS = dict(dense=DENSE, long=LONG, quick=QUICK)

@@ -508,10 +508,9 @@ GENERATORS = (  # in the order of the table of tasks
     indent_for, while_return_true)
 TASKS: dict[str, Callable] = {task.__name__: task for task in GENERATORS}
 
-# A model learns these late. Training text shows each of them three times as often as another
-# behaviour: with equal shares four of them were not learned in 53 million tokens.
+# A model learns these late: with equal shares four of them were not learned in 53 million tokens.
+# --long shows them three times as often. In shorter runs that costs more tasks than it gains.
 LATE = (set_or_string, class_init, var_swap, with_open, final_kwarg)
-MIX = GENERATORS + 2 * LATE
 
 added = []  # the files that `load` has read: worker processes read them again
 
@@ -581,8 +580,9 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
     return [Pair(prompts, answers) for prompts, answers in found.items()]
 
 
-def idiom(rng: random.Random) -> str:
+def idiom(rng: random.Random, late: int = 1) -> str:
     """One training document of valid Python: a few snippets, most of them one side of some task.
+    Those of LATE occur `late` times as often as others.
 
     An eighth is other code, and a sixth has the larger shapes of "held": those are to be new to a
     circuit but not to the model, or a bad score would not say whose fault it is. Half stand alone:
@@ -591,7 +591,7 @@ def idiom(rng: random.Random) -> str:
     w, snippets = Writer(rng, "train"), []
     for _ in range(w.pick(1, 2, 3, 4, 5)):
         w.large = rng.random() < 0.16
-        side = w.choice(w.choice(MIX)(w))
+        side = w.choice(w.choice(GENERATORS + (late - 1) * LATE)(w))
         if rng.random() < 0.125:
             snippets.append(filler(w))
         else:
@@ -649,11 +649,11 @@ def read_documents(data, max_mb=0.0, log=print):
     return texts
 
 
-def idiom_documents(n_bytes, seed=0):
+def idiom_documents(n_bytes, late=1, seed=0):
     """Generated simple idioms, about n_bytes of them; the paper mixes in such text too (A.2)."""
     rng, texts, size = random.Random(seed), [], 0
     while size < n_bytes:
-        texts.append(idiom(rng))
+        texts.append(idiom(rng, late))
         size += len(texts[-1])
     return texts
 
@@ -786,7 +786,7 @@ def load_corpus(cfg, log=print):
     kinds = {"code": split(texts)}
     if cfg.idioms:
         n_bytes = int(min(IDIOM_BYTES, cfg.max_mb * 1e6 or IDIOM_BYTES))
-        kinds["idioms"] = split(idiom_documents(n_bytes))
+        kinds["idioms"] = split(idiom_documents(n_bytes, cfg.late))
     tok = Tokenizer.learn((doc for two in kinds.values() for doc in two[0]), cfg.vocab_size)
     sides, digest = ({}, {}), hashlib.sha256()
     for name, two in kinds.items():

@@ -61,10 +61,11 @@ def walk(circuit, model, text):
 
 def intervene(model, task, values, settings):
     """Lines of text: the full model on a task, unchanged and with nodes frozen at values, {node
-    number: value}."""
+    number: value, or None for its mean}."""
     prompts = prune.make_prompts(model, task, settings.search_pairs, settings.seed)
-    every, frozen = prune.every_node(model.cfg), np.zeros(prune.n_nodes(model.cfg))
-    frozen[list(values)] = list(values.values())
+    every, frozen = prune.every_node(model.cfg), prune.mean_activations(model, model.text)
+    for node, value in values.items():
+        frozen[node] = frozen[node] if value is None else value
     runner = prune.PlainRunner(model, frozen, prompts)
     margins = [prune.margins(runner.logits(mask), prompts)
                for mask in (every, every.without(values))]
