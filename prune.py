@@ -30,6 +30,7 @@ import shlex
 import sys
 import threading
 import time
+from collections import defaultdict
 from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +42,7 @@ import numpy as np
 
 import sparsegpt as sg
 import tasks
-from docs import ask, readings, show, trace
-from docs import record as records
+from docs import ask, readings, record as records, show, trace
 from docs.show import explain, listing
 
 FORMAT = "sparsegpt-circuit-4"  # the version of a circuit's file
@@ -1090,7 +1090,7 @@ def check_seeds(found, mask):
 def check_attention(task, mask):
     """(check, {(block, head): share}): how much of its attention each head of the circuit puts
     where it does in the full model, the mean over all positions of the prompts."""
-    cfg, shared = task.model.cfg, {}
+    cfg, shared = task.model.cfg, defaultdict(list)
     params = PlainRunner(task.model, task.frozen, task.judged.rows([0, 1])).params(mask)
     for _, part in task.judged.parts():
         inside = np.arange(part.ids.shape[1]) <= part.last[:, None]  # not padding
@@ -1098,7 +1098,7 @@ def check_attention(task, mask):
         _, own = sg.forward(params, part.ids, cfg, Ablation(mask.nodes, task.frozen, cfg))
         for i, head in heads_of(mask, cfg):
             both = np.minimum(*(attention_weights(cache, i)[:, head] for cache in (full, own)))
-            shared.setdefault((i, head), []).append(both.sum(-1)[inside])
+            shared[i, head].append(both.sum(-1)[inside])
     overlap = {head: float(np.concatenate(x).mean()) for head, x in shared.items()}
     if not overlap:
         return check("attention", None, "the circuit has no attention head"), {}
@@ -1114,12 +1114,12 @@ def check_attention(task, mask):
 def losses(task, mask):
     """{"full" | "circuit": {"search" | "held": sparsegpt.Score as a dict}}: every printed loss, by
     PlainRunner, on the prompts of the search and on held-out ones."""
-    out = defaultdict(dict)
+    out = dict(full={}, circuit={})
     for split, prompts in (("search", task.judged), ("held", task.held)):
         runner = PlainRunner(task.model, task.frozen, prompts)
         for name, which in (("full", every_node(task.model.cfg)), ("circuit", mask)):
             out[name][split] = sg.score(runner.logits(which), prompts)._asdict()
-    return dict(out)
+    return out
 
 
 def describe(context, task, found):
