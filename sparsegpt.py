@@ -11,9 +11,9 @@ Part I is the method: settings, operations with their gradients, model, sparsity
 training loop, in plain array code that reads from top to bottom. Part II is the machinery: checks,
 data, checkpoints, scores, logs, threads, command line, GPU.
 
-An op is `out, cache = op(x, ...)`, and its backward is `dx = op_backward(dout, cache)`. Parameters
-are one flat array, which is a vector to the optimizer; the model sees a dict of named views of it.
-Zero weights are multiplied like any others; sparsity buys interpretability, not speed.
+An op is `out, cache = op(x, ...)`, and its backward is `dx = op_backward(dout, cache)`. Functions
+without a backward are parts of ops. Parameters are one flat array, of which the model sees named
+views. Zero weights are multiplied like any others; sparsity buys interpretability, not speed.
 
 Deliberate departures from the paper:
 - q, k and v share one matrix, and the gradient is divided by its RMS even where that is below 1,
@@ -21,7 +21,7 @@ Deliberate departures from the paper:
 - The sizes are a laptop's, and the tokenizer has 512 tokens, learned from the training text.
 - The share of channels that AbsTopK keeps falls from 1 to `afrac` while the density falls.
 - A head may prefer some distances to others; the paper's models have no positions.
-- Training is sparse for more of the run, and weight decay is lower: the model learns more.
+- Weights go earlier in the run, and weight decay is lower. Both made the loss lower here.
 """
 import argparse
 import ctypes
@@ -81,28 +81,28 @@ class Config:
     vocab_size: int = flag(512, "tokens: 256 bytes, a separator and learned merges")
     act: str = flag("gelu", "activation of the MLP")
     afrac: float = flag(1 / 2, "share of channels that AbsTopK keeps at a site; 1: all")
-    positions: str = flag("relative", "a learned logit per head and distance; learned; none",
+    positions: str = flag("relative", "relative: a logit per head and distance; learned; none",
                           choices=("relative", "learned", "none"))
     sink: bool = flag(True, "a learned attention sink per head")
     bigram: bool = flag(True, "a dense table of logits by the current token")
 
-    density: float = flag(1 / 64, "share of nonzero weights in every matrix; 1: dense")
+    density: float = flag(1 / 64, "share of nonzero weights in the matrices of blocks; 1: dense")
     embed_density: float = flag(0.0, "the same for (un)embeddings; 0: 4 x density")
-    min_per_neuron: int = flag(4, "nonzero weights of every neuron and head channel (j)")
+    min_per_neuron: int = flag(4, "least nonzero weights of a neuron or head channel (j)")
     sparse_bias: bool = flag(False, "biases are sparsified too")
     anneal_start: float = flag(0.01, "share of training before density falls from 1")
     anneal_end: float = flag(0.3, "share of training before it reaches its target")
 
     steps: int = flag(11000, "optimizer steps")
     batch_size: int = flag(8, "sequences a step")
-    lr: float = flag(0.024, "learning rate, before warm-up, decay and sharkfin")
+    lr: float = flag(0.024, "learning rate without warm-up, decay and sharkfin")
     warmup: float = flag(0.01, "share of training with rising learning rate")
     sharkfin: bool = flag(True, "learning rate x sqrt(final density / density now)")
     beta1: float = flag(0.9, "Adam: decay of the mean gradient")
     beta2: float = flag(0.95, "Adam: decay of the mean square")
     eps: float = flag(0.1, "Adam: added to the root mean square")
     weight_decay: float = flag(0.02, "decoupled decay of the matrices")
-    grad_scale: str = flag("divide", "the gradient by its RMS; clip the RMS to 1; or none",
+    grad_scale: str = flag("divide", "divide the gradient by its RMS; clip the RMS to 1; or none",
                            choices=("divide", "clip", "none"))
     seed: int = flag(0, "of initialisation, batches and samples")
 
@@ -248,7 +248,7 @@ def relative_bias(table, T):  # [H, n_ctx] -> [H, T, T]
     table = xp.concatenate([table, xp.full_like(table, -math.inf)], axis=1)
     return table[:, t[:, None] - t]  # a negative index counts from the end, where -inf stands
 
-def relative_bias_backward(dout, n_ctx):  # [H, T, T], 0 where the key comes after the query
+def relative_bias_backward(dout, n_ctx):  # [H, T, T], 0 for keys to come -> [H, n_ctx]
     H, T, _ = dout.shape
     rows = xp.zeros((H, T, 2 * T), dout.dtype)
     rows[:, :, :T] = dout[:, :, ::-1]
@@ -362,8 +362,8 @@ def is_matrix(name):
 
 
 def init_flat(cfg):
-    """The flat array of fresh parameters: N(0, 0.02), the two output projections divided by
-    sqrt(2 n_layer), all else 0 (paper A.1). NumPy draws them, so that a GPU starts alike."""
+    """The flat array of fresh parameters: normal with standard deviation 0.02, divided by
+    sqrt(2 n_layer) in output projections; all else 0 (paper A.1). NumPy draws, also for a GPU."""
     rng, flat = np.random.default_rng(cfg.seed), np.zeros(n_params(cfg), cfg.dtype)
     for name, w in views(flat, cfg).items():
         if is_matrix(name):
@@ -561,7 +561,7 @@ def neuron_axis(name):
 
 def n_nonzero(name, shape, density, cfg):
     """How many entries stay nonzero: density x size, but at least j for each neuron. At the
-    default width and density both are the same: every neuron keeps its own four largest."""
+    default width and final density the two are equal: every neuron keeps its four largest."""
     axis, size = neuron_axis(name), math.prod(shape)
     least = 1 if axis is None else max(1, cfg.min_per_neuron * shape[axis])
     return min(size, max(round(density * size), least))
@@ -592,23 +592,23 @@ def sparsify(name, w, step, cfg):
 # ---- optimizer ----------------------------------------------------------------------------------
 
 def learning_rate(step, cfg):
-    """The sharkfin: linear warm-up and decay, times sqrt(final density / density now). That factor
-    ends at 1."""
+    """Linear warm-up and decay. With the sharkfin, times sqrt(final density / density now), which
+    rises to 1."""
     ramp = min(1.0, (step + 1) / max(1.0, cfg.warmup * cfg.steps)) * (1 - step / cfg.steps)
     fin = math.sqrt(cfg.density / density_at(cfg.density, step, cfg)) if cfg.sharkfin else 1.0
     return cfg.lr * ramp * fin
 
 
 def gradient_scale(g, cfg):  # [n] -> 0-d
-    """What the gradient is multiplied by: 1 / its RMS over all parameters, at most 1 if clipped.
-    Without the division, Adam's epsilon of 0.1 has no meaning."""
+    """What the gradient is multiplied by: 1 / its RMS over all parameters, at most 1 if clipped;
+    or 1. Without the division, Adam's large epsilon has no meaning."""
     rms = xp.sqrt(g @ g / len(g))
     return {"divide": 1 / xp.maximum(rms, 1e-20), "clip": 1 / xp.maximum(rms, 1),
             "none": xp.ones_like(rms)}[cfg.grad_scale].astype(g.dtype)
 
 
 def adam(w, g, m, v, step, cfg):  # [n] each
-    """One step of Adam; w and the moments m and v change in place."""
+    """One step of Adam; w and the moments m and v change in place, each entry by itself."""
     rate = learning_rate(step, cfg) / (1 - cfg.beta1 ** (step + 1))
     unbias = 1 - cfg.beta2 ** (step + 1)
     if fused(w):
@@ -639,7 +639,7 @@ def training_steps(flat, m, v, start, streams, cfg):
         # 4. Adam.
         in_chunks(lambda w, g, m, v: adam(w, g * scale, m, v, step, cfg), flat, grad, m, v,
                   threads=cfg.threads)
-        # 5. Zero all but the largest weights of every matrix.
+        # 5. Zero all but the largest weights of every matrix that is to be sparse.
         parallel(lambda name: sparsify(name, params[name], step, cfg), names, cfg.threads)
         # 6. Decay what is left.
         decay = 1 - learning_rate(step, cfg) * cfg.weight_decay
