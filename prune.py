@@ -1080,7 +1080,7 @@ def check_seeds(found, mask):
             notes.append("one search found no circuit")
             continue
         both, either = mask.nodes & other.mask.nodes, mask.nodes | other.mask.nodes
-        shared.append(both.sum() / max(1, either.sum()))
+        shared.append(both.sum() / either.sum() if either.any() else 1.0)
         notes.append(f"{other.stages[-1]['nodes']} nodes and {other.stages[-1]['edges']} edges, "
                      f"{shared[-1]:.0%} of both circuits' nodes are shared")
     return check("other seeds", min(shared) >= 0.5, "; ".join(notes) + " (pass: from 50%)",

@@ -19,72 +19,63 @@ from docs import ask
 from docs.show import one_line
 
 
+# The matrix that makes a site, and where its input stands.
+MADE_BY = dict(v=("attn.wqkv", "attn_in"), attn_out=("attn.wo", "v"), neuron=("mlp.wfc", "mlp_in"),
+               mlp_out=("mlp.wproj", "neuron"))
+
+
 class Prompt:
     """One prompt in the full model. value: {site: [T, C]}; gate: value over what it is made of,
     the residual stream or a matrix's output."""
 
     def __init__(self, model, ids):
-        self.model, self.ids, cfg = model, ids, model.cfg
+        self.model, self.ids, record = model, ids, prune.Recorder()
         self.p = {name: sg.to_host(w).astype(float) for name, w in model.params.items()}
-        record = prune.Recorder()
-        logits, cache = sg.forward(model.params, ids[None], cfg, record)
+        logits, cache = sg.forward(model.params, ids[None], model.cfg, record)
         self.logits = sg.to_host(logits)[0, -1].astype(float)
         self.value = {site: sg.to_host(x).astype(float) for site, x in record.seen.items()}
-        self.attention = {f"h{i}": prune.attention_weights(cache, i)[0]
-                          for i in range(cfg.n_layer)}
-        self.writers, self.gate = {}, {}
-        stream, written = self.p["wte"][ids], []
-        stream = stream + self.p["wpe"][:len(ids)] if "wpe" in self.p else stream
-        for site, value in self.value.items():
-            if site.endswith(("_in", "final")):
-                self.writers[site], made_of = list(written), stream
-            elif site.endswith((".q", ".k")):
-                continue  # attention patterns are held
-            else:
-                w, b, source = self.matrix(site)
-                made_of = (self.mixed(site[:2]) if site.endswith("attn_out") else source) @ w + b
-            self.gate[site] = np.divide(value, made_of, np.zeros_like(value), where=made_of != 0)
-            if site.endswith("_out"):
-                written.append(site)
-                stream = stream + value
+        self.gate = {site: (x != 0).astype(float) for site, x in self.value.items()
+                     if not site.endswith((".q", ".k"))}  # attention patterns are held
+        self.attention = {}
+        self.gate["final"] *= sg.to_host(cache["norm"][1])
+        for h in (f"h{i}" for i in range(model.cfg.n_layer)):
+            self.attention[h] = prune.attention_weights(cache, int(h[1:]))[0]
+            self.gate[f"{h}.attn_in"] *= sg.to_host(cache[f"{h}.norm1"][1])
+            self.gate[f"{h}.mlp_in"] *= sg.to_host(cache[f"{h}.norm2"][1])
+            w, b, source = self.matrix(h, "neuron")
+            made_of = self.value[source] @ w + b
+            self.gate[f"{h}.neuron"] = np.divide(
+                self.value[f"{h}.neuron"], made_of, np.zeros_like(made_of), where=made_of != 0)
 
-    def matrix(self, site):
-        """(w [in, out], b, values [T, in]) of the matrix that makes a site."""
-        h, C = site.split(".")[0], self.model.cfg.d_model
-        name, source = dict(v=("attn.wqkv", "attn_in"), attn_out=("attn.wo", "v"),
-                            neuron=("mlp.wfc", "mlp_in"), mlp_out=("mlp.wproj", "neuron"),
-                            )[site.split(".")[1]]
-        w, b = self.p[f"{h}.{name}"], self.p[prune.matrices(self.model.cfg)[f"{h}.{name}"].bias]
-        part = slice(2 * C, None) if name == "attn.wqkv" else slice(None)
-        return w[:, part], b[part], self.value[f"{h}.{source}"]
-
-    def mixed(self, h):
-        """What the heads of a block hand on, [T, C]: values weighted by attention."""
-        T, d = len(self.ids), self.model.cfg.d_head
-        v = self.value[f"{h}.v"].reshape(T, -1, d)
-        return np.einsum("hts,shd->thd", self.attention[h][..., :T], v).reshape(T, -1)
+    def matrix(self, h, kind):
+        """(w [in, out], b, site of its input) of the matrix that makes a site of a block."""
+        name, source = MADE_BY[kind]
+        name, C = f"{h}.{name}", self.model.cfg.d_model
+        part = slice(2 * C, None) if kind == "v" else slice(None)
+        b = self.p[prune.matrices(self.model.cfg)[name].bias]
+        return self.p[name][:, part], b[part], f"{h}.{source}"
 
     def parts(self, site, t, c, slope):
         """[(amount, (site, t, c) or None for a leaf, slope, name)] of a node whose value is
         multiplied by slope further on."""
-        slope, h, d = slope * self.gate[site][t, c], site.split(".")[0], self.model.cfg.d_head
-        if site.endswith(("_in", "final")):
+        slope, (h, _, kind) = slope * self.gate[site][t, c], site.rpartition(".")
+        if kind in ("attn_in", "mlp_in", "final"):
             out = [(slope * self.p["wte"][self.ids[t], c], None, 0, "the token")]
             if "wpe" in self.p:
                 out.append((slope * self.p["wpe"][t, c], None, 0, "the position"))
+            sites = list(self.value)
             return out + [(slope * self.value[w][t, c], (w, t, c), slope, "")
-                          for w in self.writers[site]]
-        (w, b, source), out = self.matrix(site), []
+                          for w in sites[:sites.index(site)] if w.endswith("_out")]
+        w, b, source = self.matrix(h, kind)
+        out = [(slope * b[c], None, 0, "bias")]
         for i in np.flatnonzero(w[:, c]):
-            if site.endswith("attn_out"):
-                for s, share in enumerate(self.attention[h][i // d, t, :t + 1]):
-                    out.append((slope * w[i, c] * share * source[s, i], (f"{h}.v", s, i),
-                                slope * w[i, c] * share, ""))
-            else:
-                name = f"{h}.attn_in" if site.endswith("v") else (
-                    f"{h}.mlp_in" if site.endswith("neuron") else f"{h}.neuron")
-                out.append((slope * w[i, c] * source[t, i], (name, t, i), slope * w[i, c], ""))
-        return out + [(slope * b[c], None, 0, "bias")]
+            shares = {t: 1.0}  # of the input's positions
+            if kind == "attn_out":
+                shares = enumerate(self.attention[h][i // self.model.cfg.d_head, t, :t + 1])
+            for at, share in dict(shares).items():
+                factor = slope * w[i, c] * share
+                out.append((factor * self.value[source][at, i], (source, at, i), factor, ""))
+        return out
 
 
 def trace(model, text, answers=None, share=0.8, most=60):
