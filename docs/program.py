@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+
 class UserError(ValueError):
     """Something the user can put right: a command prints it as one line and ends with status 2."""
-
 
 
 # ---- files and locks ----------------------------------------------------------------------------
