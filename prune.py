@@ -812,7 +812,7 @@ def search(task, progress, seed=0):
         loss, size = task.loss(learned), mask and task.size(mask)
         best_loss = min(best_loss, loss)
         # These masks fell just short, and their ranking needs far too many nodes.
-        short = s.target < loss < 2 * s.target and (
+        short = s.target < loss < 3 * s.target and (
             mask is None or mask.nodes.sum() > 2 * learned.nodes.sum())
         goal /= 1 + short
         if mask is not None and (best is None or size[::-1] < best[0][::-1]):
