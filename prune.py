@@ -204,7 +204,7 @@ def make_prompts(model, task, n, seed, split="eval", labels="true"):
     if the model can use none of them."""
     try:
         pairs = tasks.pairs(task, n, seed, split)
-        prompts = sg.task_prompts(model.tok, pairs, model.cfg.n_ctx)
+        prompts = tasks.task_prompts(model.tok, pairs, model.cfg.n_ctx)
     except ValueError as e:
         raise CannotPrune(str(e)) from e
     if labels != "true":
@@ -536,7 +536,7 @@ class Settings:
     """What decides a search. Raises UserError on a wrong value."""
     target: float = 0.15     # binary loss in nats that the circuit may have
     ablation: str = "mean"   # what deleted nodes are frozen at: mean, zero, or resample
-    runs: int = 1            # mask trainings; one more if those fell just short
+    runs: int = 1            # mask trainings; one more if those fell short
     steps: int = 400         # of each
     pairs: int = 8           # prompt pairs a step
     search_pairs: int = 64   # pairs that the loss is measured on; masks see twice as many
@@ -811,7 +811,7 @@ def search(task, progress, seed=0):
         mask = bisect(order, lambda m: task.loss(m) <= s.target, int(learned.nodes.sum()))
         loss, size = task.loss(learned), mask and task.size(mask)
         best_loss = min(best_loss, loss)
-        # These masks fell just short, and their ranking needs far too many nodes.
+        # These masks fell short, and their ranking needs far too many nodes.
         short = s.target < loss < 3 * s.target and (
             mask is None or mask.nodes.sum() > 2 * learned.nodes.sum())
         goal /= 1 + short
@@ -1093,12 +1093,11 @@ def check_attention(task, mask):
     cfg, shared = task.model.cfg, defaultdict(list)
     params = PlainRunner(task.model, task.frozen, task.judged.rows([0, 1])).params(mask)
     for _, part in task.judged.parts():
-        inside = np.arange(part.ids.shape[1]) <= part.last[:, None]  # not padding
         _, full = sg.forward(task.model.params, part.ids, cfg)
         _, own = sg.forward(params, part.ids, cfg, Ablation(mask.nodes, task.frozen, cfg))
         for i, head in heads_of(mask, cfg):
             both = np.minimum(*(attention_weights(cache, i)[:, head] for cache in (full, own)))
-            shared[i, head].append(both.sum(-1)[inside])
+            shared[i, head].append(both.sum(-1)[part.inside()])
     overlap = {head: float(np.concatenate(x).mean()) for head, x in shared.items()}
     if not overlap:
         return check("attention", None, "the circuit has no attention head"), {}
@@ -1112,13 +1111,13 @@ def check_attention(task, mask):
 # A circuit's `record` holds all that is printed and drawn, as plain values: see docs/show.py.
 
 def losses(task, mask):
-    """{"full" | "circuit": {"search" | "held": sparsegpt.Score as a dict}}: every printed loss, by
+    """{"full" | "circuit": {"search" | "held": tasks.Score as a dict}}: every printed loss, by
     PlainRunner, on the prompts of the search and on held-out ones."""
     out = dict(full={}, circuit={})
     for split, prompts in (("search", task.judged), ("held", task.held)):
         runner = PlainRunner(task.model, task.frozen, prompts)
         for name, which in (("full", every_node(task.model.cfg)), ("circuit", mask)):
-            out[name][split] = sg.score(runner.logits(which), prompts)._asdict()
+            out[name][split] = tasks.score(runner.logits(which), prompts)._asdict()
     return out
 
 
@@ -1184,9 +1183,7 @@ def save(path, circuit):
 def load(path):
     """The Circuit in a file. Raises UserError if it is missing, damaged, or not a circuit."""
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a device may never end
-            raise ValueError("it is not a file")
-        record = json.loads(Path(path).read_text("utf-8", "surrogatepass"))
+        record = json.loads(program.read_bytes(path).decode("utf-8", "surrogatepass"))
         if record.pop("sha256") != digest(record):
             raise ValueError("its content does not match its checksum")
         if record.pop("format") != FORMAT:
@@ -1295,7 +1292,7 @@ def prune_all(context, settings, folder, seeds, workers, log=print):
     for i, (task, *row) in enumerate(on_cores(one, list(tasks.TASKS), workers), 1):
         rows[task] = row
         left = (time.perf_counter() - began) * (n - i) / i
-        log(f"{i:>2} of {n}  {task:<28} {row[1]}; {sg.clock(left)} left")
+        log(f"{i:>2} of {n}  {task:<28} {row[1]}; {program.clock(left)} left")
     path = Path(folder, "summary.html")
     log(f"\n{show.summary(rows)}")
     program.write_text(path, show.summary_page(rows))

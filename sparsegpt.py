@@ -9,7 +9,7 @@ the one-shot pruning method.
 
 Part I is the method: settings, operations with their gradients, model, sparsity, optimizer and
 training loop, in plain array code that reads from top to bottom. Part II is the machinery: checks,
-data, checkpoints, scores, logs, threads, command line, GPU.
+batches, checkpoints, scores, the run around the loop, threads, processes, command line, GPU.
 
 An op is `out, cache = op(x, ...)`, and its backward is `dx = op_backward(dout, cache)`. Functions
 without a backward are parts of ops. Parameters are one flat array, of which the model sees named
@@ -112,7 +112,7 @@ class Config:
     max_mb: float = flag(0.0, "read about this many megabytes of each source; 0: all")
 
     threads: int = flag(0, "threads; 0: one a core. The result does not depend on it")
-    out: str = flag("out/sparse.npz", "checkpoint; --dense and --quick name others")
+    out: str = flag("out/sparse.npz", "checkpoint; --dense, --long and --quick name others")
     dtype: str = flag("float32", "float64 is for checks", choices=("float32", "float64"))
 
     def __post_init__(self):
@@ -735,8 +735,8 @@ class Model(NamedTuple):
 
 
 def save(path, model):
-    """Write a Model to path; see `write_whole`. Raises FloatingPointError if a parameter is not
-    finite: the former file stays as it was."""
+    """Write a Model to path: see `program.write_whole`. Raises FloatingPointError if a parameter
+    is not finite: the former file stays as it was."""
     flat = np.concatenate([to_host(model.params[name]).reshape(-1) for name in shapes(model.cfg)])
     if not np.isfinite(flat).all():
         raise FloatingPointError("a weight is no longer finite: most likely --lr "
@@ -753,9 +753,7 @@ def load(path):
     """The Model in a checkpoint, read without pickle. Raises UserError if it is missing, damaged,
     not a checkpoint or of another version."""
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a device may never end
-            raise ValueError("it is not a file")
-        data = io.BytesIO(Path(path).read_bytes())
+        data = io.BytesIO(program.read_bytes(path))
         parts = zipfile.ZipFile(data).infolist()
         sizes = {part.filename.removesuffix(".npy"): part.file_size for part in parts}
         with np.load(data, allow_pickle=False) as f:
@@ -829,7 +827,7 @@ def evaluate(params, streams, cfg, n):
 
 def evaluate_tasks(model, n=100, seed=0, split="eval"):
     """{task: Score} of a Model on n prompt pairs of each of the twenty tasks (paper Table 1). A
-    task that has no prompt of use is left out: see `task_prompts`."""
+    task that has no prompt of use is left out: see `tasks.task_prompts`."""
     def one(task):
         try:
             prompts = task_prompts(model.tok, tasks.pairs(task, n, seed, split), model.cfg.n_ctx)
@@ -1033,7 +1031,7 @@ def parallel(fn, items, threads=0):
     thread, each with BLAS on one thread: 1.2 times as fast as a threaded BLAS (width 128, two
     cores). What an item computes does not depend on its thread, so results are the same, bit for
     bit, for any number of threads. If NumPy was imported before this file, BLAS has threads of its
-    own: that is slower, and right to rounding.
+    own: that is slower, and results agree up to rounding.
     """
     size = threads or n_cores()
     if size == 1 or xp is not np:

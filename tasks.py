@@ -508,7 +508,7 @@ GENERATORS = (  # in the order of the table of tasks
     indent_for, while_return_true)
 TASKS: dict[str, Callable] = {task.__name__: task for task in GENERATORS}
 
-# A model learns these late: with equal shares four of them were not learned in 53 million tokens.
+# A model learns these late: with equal shares, none of them was learned in 53 million tokens.
 # --long shows them three times as often. In shorter runs that costs more tasks than it gains.
 LATE = (set_or_string, class_init, var_swap, with_open, final_kwarg)
 
@@ -550,7 +550,7 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
 
     "eval" is what circuits are found on. "held" has other words and larger shapes (deeper, longer,
     inside functions), to see whether a circuit is the rule or just fits its prompts.
-    Raises ValueError for an unknown task or split, or n < 1.
+    Raises UserError for an unknown task or split, or n < 1.
     """
     if task not in TASKS:
         close = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
@@ -831,6 +831,10 @@ class Prompts(NamedTuple):
         """Some of the prompts, padded no more than these need."""
         some = Prompts(*(column[index] for column in self))
         return some._replace(ids=some.ids[:, :some.last.max() + 1])
+
+    def inside(self):  # bool [n, T]
+        """Which positions are not padding."""
+        return np.arange(self.ids.shape[1]) <= self.last[:, None]
 
     def parts(self, size=16):
         """[(index, Prompts)] in parts of like length, so that little of a part is padding."""

@@ -1654,7 +1654,7 @@ def brief(cues, monkeypatch):
         real(given), steps=60, search_pairs=16))
     monkeypatch.setattr(compare, "SWEEP", (0.3, 0.15))
     monkeypatch.setattr(compare, "AIMS", (0.1,))
-    monkeypatch.setattr(sg, "load_corpus", lambda *_: corpus)
+    monkeypatch.setattr(tasks, "load_corpus", lambda *_: corpus)
     sg.save("model.npz", wired())
 
 # {what is said: the commands, without the program's name}

@@ -1,4 +1,4 @@
-"""Beside the method: comparing models, showing circuits, and pages of results."""
+"""Beside the method: what programs share, GPU kernels, showing and comparing circuits, pages."""
 import os
 
 # BLAS reads these when NumPy is loaded, which has to be later. The threads are ours: see

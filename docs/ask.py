@@ -3,6 +3,8 @@
     python prune.py single_double_quote --ask 'print("hello'      # needs the circuit to be found
     python prune.py single_double_quote --ablate h0.neuron.17     # the model, without a node
 """
+from pathlib import Path
+
 import numpy as np
 
 import prune
@@ -54,7 +56,7 @@ def ask(circuit, model, texts, answers=None):
 
 
 def walk(circuit, model, text):
-    """What `explain` prints of a circuit, on a prompt of one's own."""
+    """What `show.explain` prints of a circuit, on a prompt of one's own."""
     frozen = prune.ModelContext(model, circuit.settings.ablation).frozen
     return readings.pair_readings(model, circuit.mask, frozen, own_prompt(model, text), {})[0]
 
@@ -83,8 +85,8 @@ def intervene(model, task, values, settings):
 def overview(model, folder):
     """Lines of text: the tasks with the model's binary loss, and the circuits in a folder."""
     lines, scores = [f"{'task':<28}    loss   circuit in {folder}"], sg.evaluate_tasks(model)
-    for task in prune.tasks.TASKS:
-        path = prune.Path(folder, f"{task}.json")
+    for task in tasks.TASKS:
+        path = Path(folder, f"{task}.json")
         found = "-"
         if path.exists():
             circuit = prune.load(path)

@@ -30,6 +30,7 @@ import prune
 import sparsegpt as sg
 import tasks
 from docs import record, show
+from docs.program import clock
 
 SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
 AIMS = (0.15, 0.05)  # targets that masks are trained for
@@ -85,7 +86,7 @@ def compare_one(contexts, settings, job):
         if ranked is not None:
             row["by_attribution"].append(dict(point, edges=task.size(ranked)[1]))
         if target == settings.target:
-            # Trials by resampling take too long, and `clean` leaves large circuits as they are.
+            # Trials by resampling take too long; `prune.clean` leaves large circuits as they are.
             if settings.ablation != "resample" and edges <= prune.TOO_LARGE:
                 cleaned = prune.clean(task, mask, lambda *_: None, progress)
                 row["cleaned"] = dict(zip(("nodes", "edges"), task.size(cleaned)))
@@ -129,7 +130,7 @@ def compare(contexts, settings, folder, workers, names, log=print):
         left = (time.perf_counter() - began) / n * (len(jobs) - n)
         edges = edges_of(row, "points", settings.target)
         log(f"{n:>3} of {len(jobs)}  {contexts[prints.index(row['model'])].model.cfg.out:<20} "
-            f"{row['task']:<27} {'no' if edges is None else edges} edges; {sg.clock(left)} left")
+            f"{row['task']:<27} {'no' if edges is None else edges} edges; {clock(left)} left")
     models = describe(contexts, known)
     known |= {m["model"]: m for m in models}
     save()
@@ -163,9 +164,9 @@ def describe(contexts, known):
         if context.fingerprint in known:
             out.append(dict(known[context.fingerprint], name=cfg.out))
             continue
-        data = cfg.data, cfg.max_mb, cfg.idioms > 0, cfg.vocab_size
+        data = cfg.data, cfg.max_mb, cfg.idioms > 0, cfg.late, cfg.vocab_size
         if data not in corpora:  # to tokenize it takes long
-            corpora[data] = sg.load_corpus(cfg, lambda line: None)
+            corpora[data] = tasks.load_corpus(cfg, lambda line: None)
         if corpora[data].tok.merges != model.tok.merges:
             raise sg.UserError(f"{cfg.out} was trained on another text than --data {cfg.data} now")
         loss, streams = sg.evaluate(model.params, corpora[data].val, cfg, 256)
@@ -351,7 +352,7 @@ def run(argv):
     if other := [m.cfg for m in models if m.cfg.data != given["data"]]:  # no file decides it
         raise sg.UserError(f"{other[0].out} was trained on --data {other[0].data}: name it")
     if any(m.tok.merges != models[0].tok.merges for m in models):
-        raise sg.UserError("the models have different tokenizers")
+        raise sg.UserError("the models have different tokenizers: they were trained on other text")
     kinds = by_kind([dict(kind=kind_of(m.cfg), seed=m.cfg.seed) for m in models])
     if len(kinds) > 8 or len(set(map(len, kinds))) > 1:
         raise sg.UserError("give at most 8 models, and equally many seeds of each; these have "

@@ -1,8 +1,8 @@
 """Ops of sparsegpt.py as a few CUDA kernels each, in float32: what the plain lines there compute,
 with fewer launches. A launch costs about 5 us, and small models wait for launches.
 
-Each function has the name of the op that calls it and gives the same to rounding. The CUDA code is
-in kernels.cu.
+A function with the name of an op gives the same as that op, to rounding. The CUDA code is in
+kernels.cu.
 """
 import functools
 import math

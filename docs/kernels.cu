@@ -1,4 +1,4 @@
-// The GPU kernels of sparsegpt.py, in float32, beside the plain lines that compute the same there.
+// The GPU kernels of sparsegpt.py, in float32. The ops there have plain code for the same.
 // CuPy compiles this file with -DWIDTH=... when one of them is first called.
 
 #ifndef WIDTH

@@ -1,4 +1,4 @@
-"""What every program here does at its edges: whole files, locks, signals, output, flags."""
+"""What all programs here share: whole files, locks, signals, output, flags."""
 import argparse
 import difflib
 import os
@@ -57,6 +57,14 @@ def save_or_aside(save, path, *args):
             aside.parent.rmdir()
             raise UserError(f"{e}; {second}") from e
         raise UserError(f"{e}; it was saved to {aside}: make room, and move it to {path}") from e
+
+
+def read_bytes(path):
+    """The content of a file. Raises ValueError on a device or a pipe, which may never end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    return path.read_bytes()
 
 
 def write_text(path, text):

@@ -11,7 +11,7 @@ def token(model, i):
     return "<start>" if i == model.tok.EOT else show.one_line(model.tok.decode([int(i)]))
 
 
-def trace(model, params, ids, hook=None):
+def run(model, params, ids, hook=None):
     """One run over ids [B, T]: logits [B, T, V], the values of all nodes [B, T, n_nodes], and the
     caches of the forward pass."""
     record = prune.Recorder(hook)
@@ -41,10 +41,9 @@ def node_readings(context, task, nodes):
     """[{"task": extremes, "text": extremes}] of some nodes in the full model: on the task's
     prompts and on training text."""
     model, pool, out = context.model, task.pool, [{} for _ in nodes]
-    inside = np.arange(pool.ids.shape[1]) <= pool.last[:, None]  # not padding
-    for kind, ids, valid in (("task", pool.ids, inside), ("text", model.text, True)):
+    for kind, ids, valid in (("task", pool.ids, pool.inside()), ("text", model.text, True)):
         parts = (ids[i:i + 4] for i in range(0, len(ids), 4))  # small, as all nodes are recorded
-        values = np.concatenate([trace(model, model.params, x)[1][..., nodes] for x in parts])
+        values = np.concatenate([run(model, model.params, x)[1][..., nodes] for x in parts])
         for i, reading in enumerate(out):
             reading[kind] = extremes(model, np.where(valid, values[..., i], np.nan), ids)
     return out
@@ -88,7 +87,7 @@ def pair_readings(model, mask, frozen, pair, overlap):
     token with its shares of the tokens up to there, and the rest in the sink.
     """
     cfg, params = model.cfg, prune.PlainRunner(model, frozen, pair).params(mask)
-    logits, values, cache = trace(model, params, pair.ids, prune.Ablation(mask.nodes, frozen, cfg))
+    logits, values, cache = run(model, params, pair.ids, prune.Ablation(mask.nodes, frozen, cfg))
     margin = prune.margins(logits[np.arange(len(pair.last)), pair.last], pair)
     prompts = [[token(model, i) for i in ids[:end + 1]] for ids, end in zip(pair.ids, pair.last)]
     values = {prune.node_name(n, cfg): [[round(float(x), 3) for x in values[b, :len(tokens), n]]

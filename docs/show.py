@@ -483,7 +483,7 @@ def attention_maps(record):
                        f"<tr>{headings(['', *tokens])}</tr>\n")
             out += [table_row(query, ((x / 100, f"{query} looks at {key}: {x}%", "")
                                       for key, x in zip(tokens, row)))
-                    for query, row in zip(tokens, attends.get("rows", ()))]  # older files: none
+                    for query, row in zip(tokens, attends["rows"])]
             out.append("</table>")
         out.append("</div>")
     return "".join(out) + "</div>\n" if record["heads"] else ""

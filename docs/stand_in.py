@@ -1,5 +1,5 @@
-"""A stand-in for CuPy, on which tests run the path of a GPU. It refuses what CuPy refuses: so code
-which would fail on a GPU fails on every machine.
+"""A stand-in for CuPy, on which tests run the path of a GPU, but for its kernels. It refuses what
+CuPy refuses, so that code which would fail on a GPU fails on every machine.
 """
 import operator
 

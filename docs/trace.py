@@ -4,7 +4,7 @@
     python prune.py --trace 'print("hello' --answers '")' "')"       # or two answers
 
 The difference of the logits of the top token and the runner-up is taken apart from the logits
-back: weight x value x what the node's value is multiplied by further on. What is not linear is
+back: weight x value x its effect on that difference per unit. What is not linear is
 held as it is on this prompt: attention patterns, the scales of norms, AbsTopK's choice, and an
 activation's output over its input. So the parts of a node add up to it, down to tokens and biases.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 import prune
 import sparsegpt as sg
-from docs import ask
+from docs import ask, readings
 from docs.show import one_line
 
 
@@ -111,9 +111,9 @@ def trace(model, text, answers=None, share=0.8, most=60):
             else:
                 heapq.heappush(heap, (-abs(part[0]), count, branch))
                 open_ += abs(part[0])
-    token = ["<start>", *(one_line(model.tok.decode([int(i)])) for i in ids[1:])]
-    lines = [f"{one_line(text)}  ->  `{one_line(model.tok.decode([int(first)]))}` less "
-             f"`{one_line(model.tok.decode([int(second)]))}`: logits differ by {difference:+.3f}",
+    token = [readings.token(model, i) for i in ids]
+    lines = [f"{one_line(text)}  ->  `{readings.token(model, first)}` less "
+             f"`{readings.token(model, second)}`: logits differ by {difference:+.3f}",
              f"{known:+8.3f}  bigram table and biases"]
     amounts = defaultdict(list)  # [(amount, slope)] of each node that is printed
     seen = set()
