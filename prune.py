@@ -2,7 +2,7 @@
 
 Source: Gao et al., arXiv 2511.13653 (2025), "the paper", sections 2.2 and A.5.
 
-    python prune.py single_double_quote     # of out/sparse.npz, else of docs/long.npz; 85 seconds
+    python prune.py single_double_quote     # of out/sparse.npz, else of docs/long.npz; 2 minutes
     python prune.py all                     # every task, and circuits/summary.html
 
 A *node* is one channel at one of a block's eight hook points (sites), or of the final normalized
