@@ -556,15 +556,14 @@ class Settings:
 
 # k_coef (loss per node kept), rate and temperature of the runs, in the order of their use.
 TRIALS = ((1e-3, 0.03, 1.0), (1e-3, 0.01, 1.0), (1e-3, 0.03, 0.3))
-TOO_LARGE = 2000  # edges that are not cleaned: thousands of trials of a quarter of a second each
+TOO_LARGE = 2000  # edges that are not cleaned: thousands of trials, a tenth of a second each
 
 
 class PruningTask:
     """A model and a task to find circuits for: the prompts, and the values of deleted nodes.
 
     Masks are learned on `pool`. Losses are measured on `judged`, the first half of it. Nothing is
-    chosen by the held-out prompts. labels: see `make_prompts`. Where the settings ask for that,
-    deleted nodes are resampled from the model's text.
+    chosen by the held-out prompts. labels: see `make_prompts`.
     """
 
     def __init__(self, model, frozen, name, settings, labels="true"):
@@ -575,6 +574,7 @@ class PruningTask:
         n = len(self.pool.last)
         self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
         self.held = make_prompts(model, name, settings.search_pairs, settings.seed, "held")
+        self.losses = {}  # by a digest of the mask
         self.runner = FastRunner(model, frozen, self.judged) if self.text is None else (
             PlainRunner(model, frozen, self.judged, self.text,
                         np.random.default_rng(settings.seed)))
@@ -584,8 +584,12 @@ class PruningTask:
         return self.frozen if self.text is None else resample(self.model, prompts, self.text, rng)
 
     def loss(self, mask):
-        """The binary loss of a mask."""
-        return logistic(margins(self.runner.logits(mask), self.judged))
+        """The binary loss of a mask. It is remembered: cleaning asks for half of them twice."""
+        kept = mask.nodes, *(mask.edges or {}).values()
+        key = hashlib.sha256(b"".join(np.packbits(x).tobytes() for x in kept)).digest()
+        if key not in self.losses:
+            self.losses[key] = logistic(margins(self.runner.logits(mask), self.judged))
+        return self.losses[key]
 
     def full_loss(self):
         """The binary loss of the full model."""
@@ -683,14 +687,13 @@ def bisect(order, good, guess=0):
     return top_nodes(order, high) if high < len(order) or good(top_nodes(order, high)) else None
 
 
-def delete_greedily(mask, items, loss, target, progress, stage, loss_without=None):
+def delete_greedily(mask, items, loss, target, progress, stage, loss_without):
     """The mask without every item that it can do without: none that is left can go alone.
 
     Items are tried in passes, in the order of the loss without each (kept in `loss_without`, from
     when it was last tried alone). They go in groups that double where the loss stays within the
     target, and are halved where it does not. The last pass tries every item that is left.
     """
-    loss_without = {} if loss_without is None else loss_without
     left = items(mask)
     new = [item for item in left if item not in loss_without]
     for i, item in enumerate(new):
@@ -841,9 +844,9 @@ def clean(task, mask, stage, progress):
     def nodes_and_edges(m):
         return nodes(m) + edge_list(kept_edges(m, model.params, model.cfg))
 
-    mask = delete_greedily(mask, nodes, task.loss, target, progress, "cleaning nodes")
-    stage("nodes cleaned", mask)
     mask = mask._replace(edges=kept_edges(mask, model.params, model.cfg))
+    mask = delete_greedily(mask, nodes, task.loss, target, progress, "cleaning nodes", {})
+    stage("nodes cleaned", mask)
     size, loss_without = None, {}
     while task.size(mask) != size:
         size = task.size(mask)
@@ -975,10 +978,10 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, sh
     """The Circuit of a task, with its checks (paper 2.2, A.5; the method is at the top).
 
     context: shared by the tasks of a model. seeds: searches with different mask seeds; the first
-    is reported, the others are compared with it. workers: processes for the independent searches;
-    the result is the same. shown: whether progress is. checks: without, the controls and other
-    seeds are left out, which takes a fifth of the time. Raises CannotPrune if the model cannot do
-    the task or no circuit reaches the target, UserError on an unknown task or another context.
+    is reported, the others are compared with it. workers: processes; the result is the same.
+    shown: whether progress is. checks: without, there are no controls or other seeds, and it takes
+    a fifth of the time. Raises CannotPrune if the model cannot do the task or no circuit reaches
+    the target, UserError on an unknown task or another context.
     """
     context = context or ModelContext(model, settings.ablation)
     if (context.fingerprint, context.ablation) != (fingerprint(model), settings.ablation):

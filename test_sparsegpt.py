@@ -1303,7 +1303,7 @@ def test_cleaning_ends_where_nothing_can_go_alone(n, seed, monotone, target):
         if monotone:
             return sum(w for i, w in enumerate(weights) if i not in kept)
         return 2 * random.Random(f"{seed} {sorted(kept)}").random() * (len(kept) < n)
-    for before in (None, tried):
+    for before in ({}, tried):
         found = prune.delete_greedily(Items(range(n)), sorted, loss, target, quiet, "", before)
         alone = [loss(found.without([i])) for i in found]
         assert loss(found) <= target < min(alone, default=math.inf)
@@ -1377,6 +1377,11 @@ def test_the_circuit_of_a_network_wired_by_hand_is_found(backend, cues, ablation
     task = cue_task(ablation=ablation)
     found = prune.search(task, quiet)
     assert [set(x) for x in named(found.mask, task.model)] == [NODES, EDGES]
+    anew = cue_task(ablation=ablation)  # losses are remembered by mask: nodes and edges
+    edge = next(iter(CIRCUIT))
+    for mask in found.mask, found.mask._replace(edges=None), found.mask.without([edge]):
+        assert task.loss(mask) == anew.loss(mask) == task.loss(mask)
+    assert len(anew.losses) == 3
     assert task.full_loss() < 0.05 and found.loss < 0.05 and found.stages[-1] == dict(
         stage="edges cleaned", nodes=11, edges=6, loss=pytest.approx(found.loss))
 
@@ -1777,7 +1782,7 @@ def test_importance_is_what_deletion_costs_and_no_group_can_go(cues):
     """Minor nodes are in one group each; cleaning ends where no group of them can go."""
     task, circuit = cue_task(), found_circuit()
     loss, effect = task.loss(circuit.mask), prune.importance(task, circuit.mask)
-    assert effect == {n: task.loss(circuit.mask.without([n])) - loss
+    assert effect == {n: cue_task().loss(circuit.mask.without([n])) - loss
                       for n in np.flatnonzero(circuit.mask.nodes)}
     assert [node["importance"] for node in circuit.record["nodes"]] == list(effect.values())
     mask = circuit.mask._replace(nodes=np.ones_like(circuit.mask.nodes), edges=None)
