@@ -19,10 +19,10 @@ def one_line(text, space=" "):
 
 # ---- text ---------------------------------------------------------------------------------------
 
-LEGEND = """<-, -> edges with weights; == the same channel of the residual stream. Deleted: frozen
-at the mean over training text. importance: the loss if this node is deleted too, less the
-circuit's. values: on the two prompts, at the token (counted from the end) where they differ most;
-of final at the last token."""
+LEGEND = """<-, -> edges with weights (tokens and answers are not counted); == the same channel of
+the residual stream, to which tokens and blocks add. ␣ a space. Deleted: frozen at the mean over
+training text. importance: the loss if this node is deleted too, less the circuit's. values: on
+the two prompts, at the token (from the end) where they differ most; of final at the last one."""
 
 
 def listing(circuit, verbose=False):
@@ -30,10 +30,10 @@ def listing(circuit, verbose=False):
     computation. verbose: all stages, checks and nodes, and tokens with high and low values."""
     r, size, example = circuit.record, circuit.record["size"], circuit.record["example"]
     lines = textwrap.wrap(f"{circuit.task}: {r['doc']}", 99, subsequent_indent="    ")
-    lines += [f"    {''.join(tokens[1:])}  ->  {answer}"
-              for tokens, answer in zip(example["prompts"], example["answers"])]
+    lines += [f"    prompt {i}: {''.join(tokens[1:])}    answer: {one_line(answer, '␣')}"
+              for i, (tokens, answer) in enumerate(zip(example["prompts"], example["answers"]), 1)]
     lines += ["{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
-              "Ranked by attribution, it takes ".format(**size)
+              "Ranking nodes by attribution takes ".format(**size)
               + "{nodes:,} and {edges:,}.".format(**r["attribution"]),
               f"{'loss in nats':<14}" + "".join(
                   f" {f'{n} {name} prompts':^26}  "
@@ -88,10 +88,10 @@ def check_line(checks):
 
 def control_line(checks):
     """What the same search needs where there should be no circuit, on one line."""
-    edges = {c["name"]: "none found" if c["edges"] is None else f"{c['edges']:.0f} edges"
+    edges = {c["name"].removesuffix(" task"): "none" if c["edges"] is None else int(c["edges"])
              for c in checks if "edges" in c and c["passed"] is not None}
-    return "controls: " + (", ".join(f"{name} {found}" for name, found in edges.items())
-                           or "not run")
+    return "controls (edges; none or far more is good): " + (
+        ", ".join(f"{name} {found}" for name, found in edges.items()) or "not run")
 
 
 def packed(items, wide=99):
@@ -119,21 +119,24 @@ def blocks(record, verbose, most=3):
         rows = sorted((e for e in record["embed"] if e["to"] == name),
                       key=lambda e: -abs(e["weight"]))
         before[name].insert(0, "<- tokens " + ", ".join(
-            f"{e['token']} {e['weight']:+.2f}" for e in rows[:most])
+            f"{one_line(e['token'], '␣')} {e['weight']:+.2f}" for e in rows[:most])
             + f" and {len(rows) - most} more" * (len(rows) > most))
-    for e in sorted(record["unembed"], key=lambda e: -e["weight"]):
-        after[e["from"]].append(f"-> answer {e['token']} {e['weight']:+.2f}")
+    asked = record["example"]["answers"]
+    for e in sorted(record["unembed"], key=lambda e: (e["token"] not in asked, -e["weight"])):
+        answer = one_line(e["token"], "␣")
+        after[e["from"]].append(f"-> answer {answer} {e['weight']:+.2f}")
     heads = {head["nodes"][0]: head for head in record["heads"]}  # by their first nodes
     largest = max((node["importance"] for node in record["nodes"]), default=0)
     minor = [node["name"] for node in record["nodes"] if node["importance"] < 0.1 * largest]
     for node in record["nodes"]:
         name, values = node["name"], record["example"]["values"][node["name"]]
         if h := heads.get(name):
-            fixed = "" if any(".q." in n for n in h["nodes"]) else "; its queries are constant"
+            fixed = "" if any(".q." in n for n in h["nodes"]) else "; its queries are frozen"
             out.append([f"{h['name']}  {h['overlap']:.0%} of its attention is where the full "
                         f"model's is{fixed}"])
             out[-1] += packed(f"end of prompt {i}: looks at " + ", ".join(
-                f"{t} {w:.2f}" for t, w in a["to"][:3]) for i, a in enumerate(h["attends"], 1))
+                f"{one_line(t, '␣')} {w:.2f}" for t, w in a["to"][:3])
+                for i, a in enumerate(h["attends"], 1))
             if verbose:
                 sink = "none" if h["sink"] is None else f"{h['sink']:+.2f}"
                 out[-1].append(f"    logits: sink {sink}" + "".join(
@@ -142,7 +145,8 @@ def blocks(record, verbose, most=3):
             continue
         back = 1 if name.startswith("final") else max(
             range(1, 1 + min(map(len, values))), key=lambda t: abs(values[0][-t] - values[1][-t]))
-        tokens = " | ".join(dict.fromkeys(p[-back] for p in record["example"]["prompts"]))
+        tokens = " | ".join(dict.fromkeys(
+            one_line(p[-back], "␣") for p in record["example"]["prompts"]))
         block = [f"{name:<16} importance {node['importance']:6.3f}   values "
                  f"{values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
         block += packed(before[name] + after[name])
