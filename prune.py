@@ -309,8 +309,8 @@ def mean_activations(model, ids):
 
 def activations(model, prompt):
     """{site: [T, C]} of every node of the full model on one prompt, <start> first."""
-    record, ids = Recorder(), [model.tok.EOT, *model.tok.encode(prompt)]
-    sg.forward(model.params, np.array([ids]), model.cfg, record)
+    record = Recorder()
+    sg.forward(model.params, ask.own_prompt(model, prompt).ids, model.cfg, record)
     return {site: sg.to_host(x) for site, x in record.seen.items()}
 
 
@@ -912,7 +912,10 @@ class Circuit:
         return [(e["from"], e["to"], e["weight"]) for e in self.record["edges"]]
 
     def run(self, model, prompts):
-        """Its logits at the deciding positions of Prompts, [n, V]."""
+        """Its logits at the deciding positions of Prompts, [n, V]. Raises UserError on a model
+        that is not its own."""
+        if fingerprint(model) != self.record["model"]["fingerprint"]:
+            raise sg.UserError(f"the circuit of {self.task} is of another model")
         frozen = ModelContext(model, self.settings.ablation).frozen
         return PlainRunner(model, frozen, prompts).logits(self.mask)
 
@@ -1327,7 +1330,7 @@ def make_parser():
                        "make it prefer its likeliest token after PROMPT; no task is needed")
     for name, metavar, kind, text in (
             ("ask", "PROMPT", str, "what the full model and the saved circuit answer to a prompt"),
-            ("set", "NODE=VALUE", node_and_number, "run the full model with a node frozen"),
+            ("set", "NODE=VALUE", program.node_and_value, "run the full model with a node frozen"),
             ("ablate", "NODE", str, "the same at its mean; of a head, as h1.head.5: all of it")):
         modes.add_argument(f"--{name}", action="append", type=kind, metavar=metavar,
                            help=f"{text}; may be repeated")
@@ -1340,14 +1343,6 @@ def add_settings(parser, ablations):
     add("--target", type=float, help="binary loss in nats of a circuit (default 0.15)")
     add("--ablation", choices=ablations, help="what deleted nodes are frozen at (default mean)")
     add("--seed", type=int, help="of prompts and masks (default 0)")
-
-
-def node_and_number(text):
-    """(name, value) of a node to set. Raises ValueError, which the parser reports."""
-    name, _, value = text.partition("=")
-    if not abs(float(value)) <= 1e9:  # nor is NaN; larger numbers overflow
-        raise ValueError
-    return name, float(value)
 
 
 def settings_of(given):
@@ -1365,9 +1360,12 @@ def load_model(path):
 
 
 # The flags that each mode looks at beside its own. It refuses the others.
-TAKES = dict(check={"model"}, trace={"model", "answers"}, explain={"task", "model", "out"},
+TAKES = dict(list={"model", "out"}, check={"model"}, trace={"model", "answers"},
+             explain={"task", "model", "out"},
              ask={"task", "model", "out", "answers"},
-             set={"task", "model", "seed"}, ablate={"task", "model", "seed"})
+             set={"task", "model", "seed"}, ablate={"task", "model", "seed"},
+             search={"task", "model", "out", "target", "ablation", "runs", "seeds", "seed",
+                     "verbose"})
 
 
 def run(argv):
@@ -1375,14 +1373,15 @@ def run(argv):
     given = vars(make_parser().parse_args(argv))
     if "tasks" in given:
         tasks.load(given["tasks"])
-    [mode] = given.keys() & TAKES or ["search"]
-    if more := given.keys() - TAKES.get(mode, given) - {mode, "tasks"}:
-        raise sg.UserError(f"--{mode} takes no {'' if more == {'task'} else '--'}{min(more)}")
+    [mode] = given.keys() & TAKES or ["search" if "task" in given else "list"]
+    if more := given.keys() - TAKES[mode] - {mode, "tasks"}:
+        raise sg.UserError(f"{'--' * (mode in given)}{mode} takes no "
+                           f"{'' if more == {'task'} else '--'}{min(more)}")
     settings, task, folder = settings_of(given), given.get("task"), given.get("out", "circuits")
     path = Path(given.get("check", Path(folder, f"{task}.json")))
     if task not in (None, "all"):
         tasks.pairs(task, 1)  # raises UserError on an unknown task
-    elif mode not in ("check", "search", "trace"):
+    elif mode not in ("list", "check", "search", "trace"):
         raise sg.UserError(f"--{mode} needs one task; tasks: {', '.join(tasks.TASKS)}")
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
     sg.keep_freed_memory()
@@ -1412,16 +1411,15 @@ def run(argv):
         values = given.get("set", [(name, None) for name in given.get("ablate", ())])
         values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
         print("\n".join(ask.intervene(model, task, values, settings)))
-    elif task is None:
+    elif mode == "list":
         print("\n".join(ask.overview(model, folder)))
     else:
         if sg.processes().rank:
             return len([*on_cores(None, (), 2)])  # which deals it work, in the end
         for name in tasks.TASKS if task == "all" else [task]:
             path = Path(folder, f"{name}.json")
-            program.check_output(path)
-            if path.exists() and b'"format": "sparsegpt-circuit' not in path.read_bytes()[:99]:
-                raise sg.UserError(f"{path} exists but is not a circuit; choose another --out")
+            program.refuse_others(path, ".json", ".html", ".dot")
+        program.refuse_others(Path(folder, "summary"), ".html")
         context, seeds = ModelContext(model, settings.ablation), given.get("seeds", 2)
         workers = max(model.cfg.threads or sg.n_cores(), sg.processes().size)
         with program.locked(folder):

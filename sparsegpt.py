@@ -763,7 +763,7 @@ def load(path):
             # A small file must not take much memory: parameters, perhaps two moments, some text.
             need = n_params(cfg) * np.dtype(cfg.dtype).itemsize * (3 if "m" in sizes else 1)
             if sizes.keys() - PARTS or len(parts) > len(sizes) or (
-                    need > 100 * data.getbuffer().nbytes) or (
+                    need > 100 * data.getbuffer().nbytes + (1 << 30)) or (
                     sum(sizes.values()) > 2 * need + (1 << 24)):
                 raise ValueError("its parts do not fit its config")
             if broken := f.zip.testzip():  # NumPy alone does not check all of a part
@@ -800,7 +800,7 @@ def default_model():
     if Path(Config.out).exists():
         return Config.out
     path = os.path.relpath(Path(__file__).parent / "docs/long.npz")
-    print(f"there is no {Config.out}: using {path}, a trained model that comes along",
+    print(f"there is no {Config.out}: using {path}, the included trained model",
           file=sys.stderr)
     return path
 
@@ -848,6 +848,8 @@ def sample(model, prompt="", n=200, temperature=0.8, seed=0):
     likeliest. Every token runs the whole context again: short, and fast enough here."""
     params, cfg, tok, *_ = model
     rng, ids = np.random.default_rng(seed), [tok.EOT] + tok.encode(prompt)
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature must be a number from 0, not {temperature}")
     known = 257 + len(tok.merges)  # a small corpus may teach fewer than the model has room for
     for _ in range(n):
         context = np.array([ids[-cfg.n_ctx:]])
@@ -1099,7 +1101,7 @@ def keep_freed_memory():
 def processes():
     """MPI's communicator: its `size`, and `rank`, the number of this process, from 0. One process
     alone has a stand-in. Raises UserError if mpi4py is missing under mpirun."""
-    if max(int(os.environ.get(name, 1)) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")) == 1:
+    if max(int(os.environ.get(name) or 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")) == 1:
         return SimpleNamespace(size=1, rank=0, allgather=lambda x: [x])
     try:
         from mpi4py import MPI
@@ -1289,7 +1291,7 @@ def run(argv):
         return 0
     print(device)
     if "bench" in given:
-        bench(cfg)
+        bench(dataclasses.replace(cfg, steps=max(3, cfg.steps)))
         return 0
     resolved = dict(dataclasses.asdict(cfg), embed_density=target_density("wte", cfg),
                     threads=cfg.threads or n_cores())

@@ -572,7 +572,7 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
             (prompt0, answer0, _), (prompt1, answer1, _) = sides = surround(w, TASKS[task](w))
             if not all(isinstance(text, str) for side in sides for text in side):
                 raise TypeError("a part is not a string")
-        except Exception as e:  # a task may be the user's own
+        except (Exception, SystemExit) as e:  # a task may be the user's own
             raise UserError(f"the task {task} must return two sides, each (prompt, answer, rest): "
                             f"{type(e).__name__}: {e}") from e
         if max(len(prompt0), len(prompt1)) <= (230 if split == "held" else 200):
@@ -856,7 +856,8 @@ def task_prompts(tok, pairs, n_ctx):
         if max(len(context) for context, _, _ in two) <= n_ctx:
             rows += two
     if not rows:
-        raise ValueError(f"no prompt is of use with this tokenizer and a context of {n_ctx}")
+        raise ValueError("no pair is of use: its answers must differ, and fit a context of "
+                         f"{n_ctx} tokens with their prompts")
     contexts, right, wrong = zip(*rows)
     last = np.array([len(context) - 1 for context in contexts])
     ids = np.full((len(rows), last.max() + 1), tok.EOT, np.int64)

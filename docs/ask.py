@@ -24,7 +24,7 @@ def own_prompt(model, text, answers=None):
         if len(ids) > model.cfg.n_ctx:
             raise ValueError(f"{len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
     except ValueError as e:
-        raise sg.UserError(f"{text!r}: {e}") from e
+        raise sg.UserError(f"{text[:60]!r}: {e}") from e
     return tasks.Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, *two, 1)))
 
 
@@ -48,10 +48,11 @@ def ask(circuit, model, texts, answers=None):
         names = [f"`{one_line(tok.decode([i]))}`" for i in (first, second)]
         leans = [logits[first] - logits[second] for logits in (full, own)]
         same = "" if leans[0] * leans[1] > 0 else ": they DISAGREE"
-        lines += [one_line(text), "    the full model's likeliest: " + ", ".join(
-            f"`{one_line(tok.decode([i]))}` {p[i]:.1%}" for i in np.argsort(-p)[:5]),
-            f"    logit of {names[0]} less that of {names[1]}: full model {leans[0]:+.3f}, "
-            f"circuit {leans[1]:+.3f}{same}"]
+        top = (f"`{one_line(tok.decode([i]))}` {p[i]:.1%}" for i in np.argsort(-p)[:5])
+        lines += [one_line(tok.decode(one.ids[0][1:])),  # with what the answers share
+                  f"    the full model's likeliest: {', '.join(top)}",
+                  f"    logit of {names[0]} less that of {names[1]}: full model {leans[0]:+.3f}, "
+                  f"circuit {leans[1]:+.3f}{same}"]
     return lines
 
 
@@ -91,8 +92,15 @@ def overview(model, folder):
         if path.exists():
             circuit = prune.load(path)
             found = "{nodes} nodes, {edges} edges".format(**circuit.record["size"])
-            if circuit.record["model"]["fingerprint"] != prune.fingerprint(model):
+            if circuit.task != task:
+                found = "of another task"
+            elif circuit.record["model"]["fingerprint"] != prune.fingerprint(model):
                 found = "of another model"
         loss = f"{scores[task].binary:8.3f}" if task in scores else "       -"
+        if task not in scores and found == "-":
+            try:
+                prune.make_prompts(model, task, 100, 0)
+            except ValueError as e:
+                found = one_line(str(e))[:150]
         lines.append(f"{task:<28}{loss}   {found}")
     return lines

@@ -123,6 +123,7 @@ def compare(contexts, settings, folder, workers, names, log=print):
     finished = {(row["model"], row["task"]) for row in rows}
     jobs = [(prints.index(model), task) for task in names for model in dict.fromkeys(prints)
             if (model, task) not in finished]
+    models = describe(contexts, known)  # before the work: the text may have changed
     one = functools.partial(compare_one, contexts, settings)
     for n, row in enumerate(prune.on_cores(one, jobs, workers), 1):
         rows.append(row)
@@ -131,7 +132,6 @@ def compare(contexts, settings, folder, workers, names, log=print):
         edges = edges_of(row, "points", settings.target)
         log(f"{n:>3} of {len(jobs)}  {contexts[prints.index(row['model'])].model.cfg.out:<20} "
             f"{row['task']:<27} {'no' if edges is None else edges} edges; {clock(left)} left")
-    models = describe(contexts, known)
     known |= {m["model"]: m for m in models}
     save()
     kinds, shown = by_kind(models), [row for row in rows if row["task"] in names]
@@ -358,10 +358,11 @@ def run(argv):
         raise sg.UserError("give at most 8 models, and equally many seeds of each; these have "
                            f"{', '.join(str(len(kind)) for kind in kinds)}")
     program.check_output(Path(folder, "compare.json"))
+    program.refuse_others(Path(folder, "compare"), ".html")
     with program.locked(folder):
         compare([prune.ModelContext(m, settings.ablation) for m in models], settings, folder,
                 max(m.cfg.threads or sg.n_cores() for m in models),
-                given.get("tasks", list(tasks.TASKS)))
+                list(dict.fromkeys(given.get("tasks", tasks.TASKS))))
     return 0
 
 

@@ -72,6 +72,11 @@ def write_text(path, text):
     write_whole(path, lambda f: f.write(text.encode("utf-8", "surrogatepass")))
 
 
+# What the files of this program have near their beginning.
+MARKS = {".json": b'"format": "sparsegpt-circuit', ".html": b"<style>\n:root { --bg",
+         ".dot": b"digraph{rankdir=LR"}
+
+
 def check_output(path):
     """Raise UserError now, not after the work, if a file of this name cannot be written."""
     path = str(path)
@@ -85,6 +90,16 @@ def check_output(path):
         temporary(Path(path)).unlink()
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def refuse_others(path, *suffixes):
+    """Raise UserError if a file of these suffixes cannot be written, or is there and is not one of
+    this program's."""
+    for path in map(path.with_suffix, suffixes):
+        check_output(path)
+        if path.exists() and MARKS[path.suffix] not in read_bytes(path)[:300]:
+            raise UserError(f"{path} exists, and this program did not write it; choose another "
+                            "--out")
 
 
 def lock_of(path):
@@ -227,6 +242,18 @@ def fraction(text):
     return float(top) / float(bottom or 1)
 
 
+def node_and_value(text):
+    """(name, value) of a node to set, from "h0.neuron.504=4.4"."""
+    name, _, value = text.partition("=")
+    try:
+        if abs(float(value)) <= 1e9:  # NaN is not; larger numbers overflow
+            return name, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:60]!r} is not NODE=VALUE, with a value from -1e9 to "
+                                     "1e9")
+
+
 def clock(seconds):
     """Seconds as m:ss or h:mm:ss."""
     m, s = divmod(round(seconds), 60)
@@ -279,7 +306,7 @@ def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = ""
     status 2, Ctrl-C, SIGTERM and SIGHUP are 130. kept: what is said after these."""
     def complain(message):
         if sys.stderr:
-            print(f"{name}: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
+            print(f"{name}: {printable(' '.join(message[:2000].split()))}", file=sys.stderr)
 
     def interrupt(number, _):
         if not ending:

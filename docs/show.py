@@ -188,7 +188,7 @@ def explain(example, columns=5):
         for t, text in enumerate(example["prompts"][p]):
             lines.append(f"{text:<14}" + "".join(
                 f"{example['values'][name][p][t]:>16.3f}" for name in some))
-    return "\n".join(lines)
+    return "\n".join(lines) or "the circuit has no nodes"
 
 
 def summary(rows):

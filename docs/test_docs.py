@@ -342,8 +342,8 @@ def test_the_kernels_compile():
 
 @pytest.mark.parametrize("path", sorted(Path(prune.__file__).parent.glob("docs/circuits/*.json")),
                          ids=lambda path: path.stem)
-def test_the_circuits_that_come_along_are_readable(path):
-    """Each belongs to the model that comes along, and up to 30 nodes fit on 80 lines."""
+def test_the_included_circuits_are_readable(path):
+    """Each belongs to the included model, and up to 30 nodes fit on 80 lines."""
     circuit = prune.load(path)
     lines = show.listing(circuit).splitlines()
     assert circuit.record["model"]["fingerprint"] == prune.fingerprint(prune.load_model(
@@ -379,11 +379,18 @@ def test_a_prompt_is_traced_and_asked_about(brief, capsys):
     [a, b] = tasks.pairs("cue", 1)[0].answers
     named = ask.ask(circuit, model, [text], (b, a))[2]
     assert f"circuit {-margin:+.3f}" in named
+    assert ask.ask(circuit, model, ["if"], (" a", " b"))[0] == "if "  # they share the space
     walk = ask.walk(circuit, model, text)
     assert set(walk["values"]) == set(circuit.nodes) and len(walk["prompts"]) == 1
     assert circuit.edges == [tuple(e.values()) for e in circuit.record["edges"]]
     seen = prune.activations(model, text)
     assert [len(x) for x in seen.values()] == [len(walk["prompts"][0])] * len(seen)
+    other = wired()
+    other.params["head.b"][0] += 1
+    with pytest.raises(sg.UserError, match="of another model"):
+        circuit.run(other, prompts)
+    with pytest.raises(sg.UserError, match="exceed the context"):
+        prune.activations(model, 999 * "a")
 
 def test_tasks_of_ones_own_are_listed_and_searched(brief, capsys, monkeypatch):
     """A file adds its functions of one argument; worker processes know them too."""
@@ -391,11 +398,13 @@ def test_tasks_of_ones_own_are_listed_and_searched(brief, capsys, monkeypatch):
     write_circuit()
     write({"own.py": b"import math\ndef _no(w): pass\ndef mine(w):\n"
                      b"    return ('if a', ' =', ''), ('a', ' +', '')\n",
+           "leaves.py": b"def leaves(w): raise SystemExit(5)\n",
            "none.py": b"x = 1\n", "known.py": b"def cue(w): pass\n", "broken.py": b"1 / 0\n",
            "all.py": b"def compare(w): pass\n", "ends.py": b"import sys\nsys.exit(3)\n"})
     line = "--model model.npz --tasks"
     status, out, err = run_main(capsys, *line.split(), "own.py", main=prune.main)
-    assert (status, err) == (0, "") and re.search("(?m)^mine .* - +-$", out)
+    assert (status, err) == (0, "") and re.search("(?m)^mine .* - +mine makes", out)
+    assert_refused(capsys, "SystemExit", "leaves", *line.split(), "leaves.py", main=prune.main)
     with pytest.raises(sg.UserError, match="only 1 different"):
         tasks.pairs("mine", 2)
     write({"odd.py": b"def odd(w): return None\ndef three(w): return [('a', 'b', '')] * 3\n"

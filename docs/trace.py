@@ -112,7 +112,7 @@ def trace(model, text, answers=None, share=0.8, most=60):
                 heapq.heappush(heap, (-abs(part[0]), count, branch))
                 open_ += abs(part[0])
     token = [readings.token(model, i) for i in ids]
-    lines = [f"{one_line(text)}  ->  `{readings.token(model, first)}` less "
+    lines = [f"{one_line(model.tok.decode(ids[1:]))}  ->  `{readings.token(model, first)}` less "
              f"`{readings.token(model, second)}`: logits differ by {difference:+.3f}",
              f"{known:+8.3f}  bigram table and biases"]
     amounts = defaultdict(list)  # [(amount, slope)] of each node that is printed
