@@ -516,8 +516,9 @@ def page(circuit):
         circuit.task, f"<p>{visible(record['doc'])}</p>\n",
         f"<p>{visible(control_line(record['checks']))}</p>",
         '<p class="mute">box: channel, and the token with its highest value; the fainter, the '
-        "less important; tokens of the same wires share a box; not drawn: weights of tokens under "
-        "a third of their node's largest, and all but 10 boxes a side", *(
+        "less important; tokens with the same edges share a box; not drawn: token weights under "
+        "a third of their node's largest, and all but 10 boxes on each side</p>\n"
+        '<p class="mute">', *(
             f'<svg width="32" height="8"><path class="{kind}" d="M0 4H32"/></svg>{what}'
             for kind, what in wires), "</p>\n",
         picture(record), '<pre class="panel" hidden></pre>\n', heat_map(record["example"]),
