@@ -1279,14 +1279,14 @@ def test_disconnected_nodes_are_the_kept_nodes_on_no_path(cfg, seed):
 @settings(max_examples=60)
 def test_bisection_finds_the_fewest_in_few_steps(data, n):
     """The true minimum where more never hurts, or None, in a logarithmic number of steps."""
-    least, calls = data.draw(st.integers(0, n + 1)), []
+    least, guess, calls = data.draw(st.integers(0, n + 1)), data.draw(st.integers(0, n)), []
     order = np.random.default_rng(n).permutation(n)
 
     def good(mask):
         calls.append(mask)
         return mask.nodes.sum() >= least
-    found = prune.bisect(order, good)
-    assert len(calls) <= 4 + 2 * math.log2(min(least, n) + 1) and (found is None) == (least > n)
+    found, most = prune.bisect(order, good, guess), max(min(least, n), guess)
+    assert len(calls) <= 4 + 2 * math.log2(most + 1) and (found is None) == (least > n)
     assert found is None or set(np.flatnonzero(found.nodes)) == set(order[:least])
 
 class Items(frozenset):
@@ -1399,7 +1399,7 @@ def test_learned_masks_rank_the_nodes_of_a_circuit_first(cues):
     """The search before it is cleaned: few of 368 nodes do the task. The baseline, attribution, is
     the gradient on all prompts."""
     task = cue_task(steps=150)
-    order, _ = prune.learn_masks(task, 1e-3, 0.01, 1.0, [0, 1], quiet)
+    order, _ = prune.learn_masks(task, 1e-3, 0.01, 1.0, [0, 1], quiet, 0.15)
     assert prune.bisect(order, lambda mask: task.loss(mask) < 0.15).nodes.sum() < 20
     _, grad = prune.gradient(task.model, task.pool, np.ones(368, bool), task.frozen)
     assert (np.diff(grad[prune.rank_by_attribution(task)]) >= -1e-9).all()
@@ -1469,9 +1469,9 @@ def test_masks_are_learned_by_adamw_through_a_sigmoid(cues, monkeypatch):
         kept.append(nodes)
         return losses[len(kept) - 1], need * (1 + nodes) + noise[len(kept) - 1]
     monkeypatch.setattr(prune, "gradient", gradient)
-    _, t = prune.learn_masks(task, 0.02, 0.0, 0.2, [0, 0], quiet)  # at rate 0: as it starts
+    _, t = prune.learn_masks(task, 0.02, 0.0, 0.2, [0, 0], quiet, 1)  # at rate 0: as it starts
     kept.clear()
-    order, tau = prune.learn_masks(task, 0.02, 0.06, 0.2, [0, 0], quiet)
+    order, tau = prune.learn_masks(task, 0.02, 0.06, 0.2, [0, 0], quiet, FEW.target)
     cost, smooth, m, v, use = 0.02, FEW.target, *np.zeros((3, 368))
     for step, keep in enumerate(kept):
         assert np.array_equal(keep, t >= 0)

@@ -40,7 +40,7 @@ def ask(circuit, model, texts, answers=None):
         one = own_prompt(model, text, answers)
         two = np.stack([one.right, one.wrong], 1) if answers else known
         runner = prune.PlainRunner(model, frozen, one)
-        full, own = (runner.logits(mask)[0].astype(float)
+        full, own = (runner.logits(mask)[0, :len(tok.bytes)].astype(float)
                      for mask in (prune.every_node(model.cfg), circuit.mask))
         p = np.exp(full - full.max())
         p /= p.sum()
@@ -90,7 +90,11 @@ def overview(model, folder):
         path = Path(folder, f"{task}.json")
         found = "-"
         if path.exists():
-            circuit = prune.load(path)
+            try:
+                circuit = prune.load(path)
+            except sg.UserError:
+                lines.append(f"{task:<28}       -   {path} cannot be read")
+                continue
             found = "{nodes} nodes, {edges} edges".format(**circuit.record["size"])
             if circuit.task != task:
                 found = "of another task"

@@ -87,8 +87,8 @@ def trace(model, text, answers=None, share=0.8, most=60):
     [ids], last = prompt.ids, int(prompt.last[0])
     one = Prompt(model, ids)
     if not answers:
-        prompt = prompt._replace(right=np.argsort(-one.logits)[:1],
-                                 wrong=np.argsort(-one.logits)[1:2])
+        top = np.argsort(-one.logits[:len(model.tok.bytes)])
+        prompt = prompt._replace(right=top[:1], wrong=top[1:2])
     [first], [second] = prompt.right, prompt.wrong
     head = one.p["head.w"][:, first] - one.p["head.w"][:, second]
     difference = one.logits[first] - one.logits[second]
@@ -97,12 +97,12 @@ def trace(model, text, answers=None, share=0.8, most=60):
     known = difference - sum(branch[0] for branch in tree)  # the bigram table and biases
     heap = [(-abs(b[0]), i, b) for i, b in enumerate(tree)]
     heapq.heapify(heap)
-    named, count, leaves = {}, len(heap), abs(known)
+    named, count, leaves = set(), len(heap), abs(known)
     open_ = sum(-size for size, _, _ in heap)
     while heap and open_ > (1 - share) * (open_ + leaves) and len(named) < most:
         size, _, (_, node, slope, _, children) = heapq.heappop(heap)
         open_ += size
-        named.setdefault(node, 0.0)
+        named.add(node)
         for part in one.parts(*node, slope):
             branch, count = (*part, []), count + 1
             children.append(branch)
@@ -115,8 +115,14 @@ def trace(model, text, answers=None, share=0.8, most=60):
     lines = [f"{one_line(model.tok.decode(ids[1:]))}  ->  `{readings.token(model, first)}` less "
              f"`{readings.token(model, second)}`: logits differ by {difference:+.3f}",
              f"{known:+8.3f}  bigram table and biases"]
-    amounts = defaultdict(list)  # [(amount, slope)] of each node that is printed
-    seen = set()
+    printed, seen = [], set()
+    amounts = defaultdict(list)  # [(amount, slope)] of each node, of every path in the tree
+
+    def add(branches):
+        for amount, node, slope, _, children in branches:
+            if node:
+                amounts[f"{node[0]}.{node[2]}"].append((amount, slope))
+            add(children)
 
     def shown(branches):  # (the large ones, largest first; the sum of the others)
         large = [b for b in branches if abs(b[0]) >= 0.05 * abs(difference)
@@ -129,17 +135,17 @@ def trace(model, text, answers=None, share=0.8, most=60):
         for branch in large:
             start, names, here = f"{branch[0]:+8.3f}  " + "  " * depth, [], t
             while True:  # a chain of nodes with one large part each goes on one line
-                amount, node, slope, name, children = branch
+                _, node, _, name, children = branch
                 if node:
                     name = f"{node[0]}.{node[2]}"
-                    amounts[name].append((amount, slope))
+                    printed.append(name)
                     name += f" at `{token[node[1]]}`" * (node[1] != here)
                     here = node[1]
                 if node in seen:
                     names.append(name + ", as above")
                     children = []
                     break
-                seen.update([node] if node else [])
+                seen.update([node] if children else [])
                 names.append(name)
                 parts, others = shown(children)
                 if len(parts) != 1 or abs(others) >= 0.05 * abs(difference):
@@ -153,7 +159,8 @@ def trace(model, text, answers=None, share=0.8, most=60):
     show(tree, 0, last)
     lines.append(f"not followed to its end: {open_ / (open_ + leaves):.0%} of all amounts, signs "
                  "aside")
-    return lines + check(model, prompt, amounts, difference)
+    add(tree)
+    return lines + check(model, prompt, {name: amounts[name] for name in printed}, difference)
 
 
 def check(model, prompt, amounts, difference):
