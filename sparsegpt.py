@@ -828,6 +828,8 @@ def evaluate(params, streams, cfg, n):
 def evaluate_tasks(model, n=100, seed=0, split="eval"):
     """{task: Score} of a Model on n prompt pairs of each of the twenty tasks (paper Table 1). A
     task that has no prompt of use is left out: see `tasks.task_prompts`."""
+    tasks.check_draw(n, split)
+
     def one(task):
         try:
             prompts = task_prompts(model.tok, tasks.pairs(task, n, seed, split), model.cfg.n_ctx)
@@ -1230,6 +1232,7 @@ QUICK = dict(n_layer=1, d_model=64, density=1 / 8, afrac=1.0, lr=0.016, steps=10
              max_mb=0.3, out="out/quick.npz")
 PRESETS = dict(dense=DENSE, long=LONG, quick=QUICK)
 TAKES = dict(  # the flags that these modes look at; they refuse the others
+    bench={*Config.__dataclass_fields__, *PRESETS} - {"data", "max_mb", "idioms", "late", "out"},
     gradcheck={"act", "afrac", "positions", "sink", "bigram"},
     resume={"out", "data", "threads", *PRESETS}, sample={"out", "seed", *PRESETS})
 

@@ -545,6 +545,14 @@ class Pair(NamedTuple):
     answers: tuple[str, str]
 
 
+def check_draw(n: int, split: str):
+    """Raise UserError if n pairs of a split cannot be drawn."""
+    if split not in SPLITS:
+        raise UserError(f"no split {split!r}; splits: {', '.join(SPLITS)}")
+    if n < 1:
+        raise UserError(f"n is the number of pairs and must be at least 1, not {n}")
+
+
 def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
     """n different pairs of a task; a longer list begins with the shorter one of the same seed.
 
@@ -555,10 +563,7 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
     if task not in TASKS:
         close = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
         raise UserError(f"no task {task!r}; the nearest is {close!r}; tasks: {', '.join(TASKS)}")
-    if split not in SPLITS:
-        raise UserError(f"no split {split!r}; splits: {', '.join(SPLITS)}")
-    if n < 1:
-        raise UserError(f"n is the number of pairs and must be at least 1, not {n}")
+    check_draw(n, split)
     rng = random.Random(f"{task}/{split}/{seed}")  # a string seeds alike on every platform
     found, draws = {}, 0  # by prompts: keeps the order and drops what was made before
     # A pair depends on those before it only through rng, so asking for more changes none of them.

@@ -929,7 +929,7 @@ def flags(**more):
         "--batch_size 9000", "--n_ctx 60000", "--min_per_neuron 17")),
     *((line, line.split()[1]) for line in (
         "--gradcheck --lr 1", "--gradcheck --steps 5", "--gradcheck --dense",
-        "--resume --lr 0.5 --out run.npz")),
+        "--resume --lr 0.5 --out run.npz", "--bench --data prose.txt")),
     *((f"--sample x --out {name}", name)
       for name in ("none.npz", "garbage.npz", "cut.npz", "hollow")),
     ("--sample x --lr 1", "--lr"), ("--densty 0.1", "did you mean --density"),
@@ -956,7 +956,7 @@ def test_wrong_input_is_refused_and_nothing_is_written_over(line, said, prose, c
            "model.npz": whole})
     np.savez("other", np.zeros(3))
     Path("other.npz").rename("other.zip")
-    base = [] if re.match("--(sample|resume|gradcheck)", line) else flags()  # of --out model.npz
+    base = [] if re.match("--(sample|resume|gradcheck|bench)", line) else flags()
     assert_refused(capsys, re.escape(said), *base, *line.split())
 
 @pytest.mark.parametrize("line, said", [
@@ -994,7 +994,7 @@ def test_the_whole_path_runs(prose, n_ctx, idioms, capsys, monkeypatch):
     monkeypatch.setattr(tasks, "IDIOM_BYTES", 30_000)
     outs = []
     for line in (flags(n_ctx=n_ctx, idioms=idioms), ["--sample=def f(", "--out=model.npz"],
-                 [*flags(), "--bench"]):
+                 ["--bench", "--quick", "--steps=1"]):
         status, out, err = run_main(capsys, *line)
         assert (status, err) == (0, "")
         outs.append(out)
@@ -1002,7 +1002,7 @@ def test_the_whole_path_runs(prose, n_ctx, idioms, capsys, monkeypatch):
     scored, _, left_out = outs[0].partition("not scored")
     assert ("for_while" in scored, "for_while" in left_out) == (
         n_ctx == 128, n_ctx == 8 and idioms > 0)
-    assert outs[1].startswith("def f(") and re.search(r"batch 4 x 8, .* ms a step", outs[2])
+    assert outs[1].startswith("def f(") and re.search(r"batch 8 x 128, .* ms a step", outs[2])
 
 def test_every_config_field_is_a_flag_with_help():
     text = sg.make_parser().format_help()

@@ -404,6 +404,8 @@ def test_tasks_of_ones_own_are_listed_and_searched(brief, capsys, monkeypatch):
     line = "--model model.npz --tasks"
     status, out, err = run_main(capsys, *line.split(), "own.py", main=prune.main)
     assert (status, err) == (0, "") and re.search("(?m)^mine .* - +mine makes", out)
+    with pytest.raises(sg.UserError, match="at least 1"):
+        sg.evaluate_tasks(prune.load_model("model.npz"), 0)
     assert_refused(capsys, "SystemExit", "leaves", *line.split(), "leaves.py", main=prune.main)
     with pytest.raises(sg.UserError, match="only 1 different"):
         tasks.pairs("mine", 2)
