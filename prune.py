@@ -585,7 +585,7 @@ class PruningTask:
         return self.frozen if self.text is None else resample(self.model, prompts, self.text, rng)
 
     def loss(self, mask):
-        """The binary loss of a mask. It is remembered: cleaning asks for half of them twice."""
+        """The binary loss of a mask. It is remembered: cleaning asks for many of them twice."""
         kept = mask.nodes, *(mask.edges or {}).values()
         key = hashlib.sha256(b"".join(np.packbits(x).tobytes() for x in kept)).digest()
         if key not in self.losses:
@@ -914,10 +914,10 @@ class Circuit:
     def run(self, model, prompts):
         """Its logits at the deciding positions of Prompts, [n, V]. Raises UserError on a model
         that is not its own."""
-        if fingerprint(model) != self.record["model"]["fingerprint"]:
+        context = ModelContext(model, self.settings.ablation)
+        if context.fingerprint != self.record["model"]["fingerprint"]:
             raise sg.UserError(f"the circuit of {self.task} is of another model")
-        frozen = ModelContext(model, self.settings.ablation).frozen
-        return PlainRunner(model, frozen, prompts).logits(self.mask)
+        return PlainRunner(model, context.frozen, prompts).logits(self.mask)
 
 
 def on_cores(fn, items, workers):
@@ -1028,7 +1028,7 @@ def check_necessity(task, mask):
     return check("necessity", loss > max(0.35, other[-2]), f"full model without the circuit's "
                  f"{mask.nodes.sum()} nodes: loss {loss:.3f}; without as many random nodes at the "
                  f"same sites: {other[0]:.3f} to {other[-1]:.3f} (pass: above 0.35 nats (half of "
-                 f"chance) and above 9 of 10 random draws)", loss=loss,
+                 "chance) and above 9 of 10 random draws)", loss=loss,
                  random=other[-2], median=np.median(other))
 
 
@@ -1419,9 +1419,9 @@ def run(argv):
         if sg.processes().rank:
             return len([*on_cores(None, (), 2)])  # which deals it work, in the end
         for name in tasks.TASKS if task == "all" else [task]:
-            path = Path(folder, f"{name}.json")
-            program.refuse_others(path, ".json", ".html", ".dot")
-        program.refuse_others(Path(folder, "summary"), ".html")
+            program.refuse_others(Path(folder, name), ".json", ".html", ".dot")
+        if task == "all":
+            program.refuse_others(Path(folder, "summary"), ".html")
         context, seeds = ModelContext(model, settings.ablation), given.get("seeds", 2)
         workers = max(model.cfg.threads or sg.n_cores(), sg.processes().size)
         with program.locked(folder):

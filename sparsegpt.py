@@ -800,8 +800,7 @@ def default_model():
     if Path(Config.out).exists():
         return Config.out
     path = os.path.relpath(Path(__file__).parent / "docs/long.npz")
-    print(f"there is no {Config.out}: using {path}, the included trained model",
-          file=sys.stderr)
+    print(f"there is no {Config.out}: using {path}, the included model", file=sys.stderr)
     return path
 
 
@@ -1208,10 +1207,11 @@ def gradcheck(cfg, log=print):
 
 def bench(cfg, n=15, log=print):
     """Print the median time of n training steps of cfg on random tokens, at its final density."""
+    cfg = dataclasses.replace(cfg, steps=max(cfg.steps, n + 2))
     flat, ends = init_flat(cfg), []
     streams = dict(code=np.random.default_rng(0).integers(0, cfg.vocab_size, 1 << 20))
     moments = xp.zeros((2, len(flat)), flat.dtype)
-    for _ in training_steps(flat, *moments, max(0, cfg.steps - n - 1), streams, cfg):
+    for _ in training_steps(flat, *moments, cfg.steps - n - 1, streams, cfg):
         float(flat[0])  # waits for a GPU
         ends.append(time.perf_counter())
     step = float(np.median(np.diff(ends)))
@@ -1294,7 +1294,7 @@ def run(argv):
         return 0
     print(device)
     if "bench" in given:
-        bench(dataclasses.replace(cfg, steps=max(3, cfg.steps)))
+        bench(cfg)
         return 0
     resolved = dict(dataclasses.asdict(cfg), embed_density=target_density("wte", cfg),
                     threads=cfg.threads or n_cores())

@@ -994,7 +994,7 @@ def test_the_whole_path_runs(prose, n_ctx, idioms, capsys, monkeypatch):
     monkeypatch.setattr(tasks, "IDIOM_BYTES", 30_000)
     outs = []
     for line in (flags(n_ctx=n_ctx, idioms=idioms), ["--sample=def f(", "--out=model.npz"],
-                 ["--bench", "--quick", "--steps=1"]):
+                 ["--bench", "--quick", "--n_ctx=8", "--steps=1"]):
         status, out, err = run_main(capsys, *line)
         assert (status, err) == (0, "")
         outs.append(out)
@@ -1002,7 +1002,7 @@ def test_the_whole_path_runs(prose, n_ctx, idioms, capsys, monkeypatch):
     scored, _, left_out = outs[0].partition("not scored")
     assert ("for_while" in scored, "for_while" in left_out) == (
         n_ctx == 128, n_ctx == 8 and idioms > 0)
-    assert outs[1].startswith("def f(") and re.search(r"batch 8 x 128, .* ms a step", outs[2])
+    assert outs[1].startswith("def f(") and re.search(r"batch 8 x 8, .* ms a step", outs[2])
 
 def test_every_config_field_is_a_flag_with_help():
     text = sg.make_parser().format_help()
@@ -1017,7 +1017,7 @@ def test_a_preset_changes_the_defaults_and_what_is_given_changes_it(name):
     given = vars(sg.make_parser().parse_args([f"--{name}", "--steps=9"]))
     assert sg.configure(given) == sg.Config(**{**sg.PRESETS[name], "steps": 9})
 
-def test_without_a_model_sample_takes_the_one_that_comes_along(capsys, monkeypatch):
+def test_without_a_model_sample_takes_the_included_one(capsys, monkeypatch):
     """And says so on stderr. The default file goes before it."""
     monkeypatch.setattr(sg, "__file__", os.path.abspath("sparsegpt.py"))
     for path, said in ("docs/long.npz", "there is no out/sparse.npz.* docs/long.npz.*\n"), (
@@ -1649,8 +1649,8 @@ def test_a_check_never_opens_the_model_that_a_circuit_names(cues, capsys, monkey
     for _ in range(2):  # without and with the default model
         assert run_main(capsys, "--check", "circuits/cue.json", main=prune.main)[0] == 0
         write({"out/sparse.npz": b""})
-    comes_along = Path(sg.__file__).with_name("docs") / "long.npz"
-    assert opened == [os.path.relpath(comes_along), "out/sparse.npz"]
+    included = Path(sg.__file__).with_name("docs") / "long.npz"
+    assert opened == [os.path.relpath(included), "out/sparse.npz"]
     assert found_circuit().record["model"]["path"] == "model.npz"
 
 @pytest.fixture

@@ -89,22 +89,18 @@ def overview(model, folder):
     for task in tasks.TASKS:
         path = Path(folder, f"{task}.json")
         found = "-"
-        if path.exists():
-            try:
+        try:
+            if path.exists():
                 circuit = prune.load(path)
-            except sg.UserError:
-                lines.append(f"{task:<28}       -   {path} cannot be read")
-                continue
-            found = "{nodes} nodes, {edges} edges".format(**circuit.record["size"])
-            if circuit.task != task:
-                found = "of another task"
-            elif circuit.record["model"]["fingerprint"] != prune.fingerprint(model):
-                found = "of another model"
+                found = "{nodes} nodes, {edges} edges".format(**circuit.record["size"])
+                if circuit.task != task:
+                    found = "of another task"
+                elif circuit.record["model"]["fingerprint"] != prune.fingerprint(model):
+                    found = "of another model"
+            elif task not in scores:
+                prune.make_prompts(model, task, 100, 0)  # raises what is wrong with the task
+        except ValueError as e:
+            found = one_line(str(e))[:150]
         loss = f"{scores[task].binary:8.3f}" if task in scores else "       -"
-        if task not in scores and found == "-":
-            try:
-                prune.make_prompts(model, task, 100, 0)
-            except ValueError as e:
-                found = one_line(str(e))[:150]
         lines.append(f"{task:<28}{loss}   {found}")
     return lines

@@ -124,6 +124,7 @@ def compare(contexts, settings, folder, workers, names, log=print):
     jobs = [(prints.index(model), task) for task in names for model in dict.fromkeys(prints)
             if (model, task) not in finished]
     models = describe(contexts, known)  # before the work: the text may have changed
+    known |= {m["model"]: m for m in models}
     one = functools.partial(compare_one, contexts, settings)
     for n, row in enumerate(prune.on_cores(one, jobs, workers), 1):
         rows.append(row)
@@ -132,7 +133,6 @@ def compare(contexts, settings, folder, workers, names, log=print):
         edges = edges_of(row, "points", settings.target)
         log(f"{n:>3} of {len(jobs)}  {contexts[prints.index(row['model'])].model.cfg.out:<20} "
             f"{row['task']:<27} {'no' if edges is None else edges} edges; {clock(left)} left")
-    known |= {m["model"]: m for m in models}
     save()
     kinds, shown = by_kind(models), [row for row in rows if row["task"] in names]
     text = comparison(kinds, shown, settings.target)

@@ -97,7 +97,7 @@ def refuse_others(path, *suffixes):
     this program's."""
     for path in map(path.with_suffix, suffixes):
         check_output(path)
-        if path.exists() and MARKS[path.suffix] not in read_bytes(path)[:300]:
+        if path.exists() and MARKS[path.suffix] not in read_bytes(path)[:999]:
             raise UserError(f"{path} exists, and this program did not write it; choose another "
                             "--out")
 
@@ -306,7 +306,7 @@ def command(name: str, run: Callable, argv: Sequence[str] | None, kept: str = ""
     status 2, Ctrl-C, SIGTERM and SIGHUP are 130. kept: what is said after these."""
     def complain(message):
         if sys.stderr:
-            print(f"{name}: {printable(' '.join(message[:2000].split()))}", file=sys.stderr)
+            print(f"{name}: {printable(' '.join(message.splitlines())[:2000])}", file=sys.stderr)
 
     def interrupt(number, _):
         if not ending:

@@ -145,7 +145,7 @@ def trace(model, text, answers=None, share=0.8, most=60):
                     names.append(name + ", as above")
                     children = []
                     break
-                seen.update([node] if children else [])
+                seen.update([node] if children else [])  # one that was followed
                 names.append(name)
                 parts, others = shown(children)
                 if len(parts) != 1 or abs(others) >= 0.05 * abs(difference):
