@@ -271,6 +271,14 @@ def softmax(logits, sink):  # [B, H, T, T], [H] or None -> [B, H, T, T], [B, H, 
     e /= total
     return e, e_sink / total
 
+def softmax_backward(dout, weights, sink_share):  # -> [B, H, T, T], [H]
+    if fused(dout):
+        return gpu.softmax_backward(dout, weights, sink_share)
+    along = xp.einsum("bhts,bhts->bht", dout, weights)[..., None]
+    dout -= along
+    dout *= weights
+    return dout, -(along * sink_share).sum((0, 2, 3))
+
 
 def split_heads(x, B, d_head):  # [B*T, C] -> a view [B, H, T, D]
     return x.reshape(B, len(x) // B, x.shape[1] // d_head, d_head).transpose(0, 2, 1, 3)
@@ -296,11 +304,7 @@ def attention_backward(dout, cache):
     B, H, T, D = q.shape
     dout = split_heads(dout, B, D)
     dv = weights.swapaxes(2, 3) @ dout
-    dlogits = dout @ v.swapaxes(2, 3)  # so far the gradient by the weights
-    along = xp.einsum("bhts,bhts->bht", dlogits, weights)[..., None]
-    dlogits -= along
-    dlogits *= weights
-    dsink = -(along * sink_share).sum((0, 2, 3))
+    dlogits, dsink = softmax_backward(dout @ v.swapaxes(2, 3), weights, sink_share)
     dtable = None if table is None else relative_bias_backward(dlogits.sum(0), table.shape[1])
     dq = dlogits @ k / math.sqrt(D)
     dk = dlogits.swapaxes(2, 3) @ q / math.sqrt(D)
@@ -524,8 +528,7 @@ def loss_and_grads(params, ids, targets, cfg, n_tokens=None):
     check_ids(targets, cfg, like=ids)
     logits, cache = forward(params, ids, cfg)
     scale = 1 / (n_tokens or ids.size)
-    losses, ce = cross_entropy(logits.reshape(-1, cfg.vocab_size),
-                               xp.asarray(targets).reshape(-1))
+    losses, ce = cross_entropy(logits.reshape(-1, cfg.vocab_size), xp.asarray(targets).reshape(-1))
     dlogits = cross_entropy_backward(xp.full_like(losses, scale), ce)
     return losses.sum() * scale, backward(dlogits, cache, cfg)
 
@@ -559,34 +562,33 @@ def neuron_axis(name):
     return {"attn.wqkv": 1, "mlp.wfc": 1, "attn.wo": 0, "mlp.wproj": 0}.get(name.split(".", 1)[-1])
 
 
-def n_nonzero(name, shape, density, cfg):
-    """How many entries stay nonzero: density x size, but at least j for each neuron. At the
+def n_nonzero(name, shape, step, cfg):
+    """How many entries a step leaves: density x size, but at least j for each neuron. At the
     default width and final density the two are equal: every neuron keeps its four largest."""
     axis, size = neuron_axis(name), math.prod(shape)
     least = 1 if axis is None else max(1, cfg.min_per_neuron * shape[axis])
-    return min(size, max(round(density * size), least))
+    return min(size, max(round(density_at(target_density(name, cfg), step, cfg) * size), least))
 
 
 def keep_largest(w, k, j=0, axis=None):
     """Zero all but k entries of w, in place: those of largest |w|, exactly k, the first of equals.
-
-    With j, the j largest at each index of `axis`, a neuron's, are taken first: k >= j x neurons.
-    """
-    if k >= w.size:
-        return
+    With j, the j largest at each index of `axis`, a neuron's, are taken first: k >= j x neurons."""
+    if fused(w):
+        return gpu.keep_largest([(w, k, j, axis)])
     magnitude = abs(w)
-    if j:
+    if j and axis is not None:
         rows = magnitude if axis == 0 else magnitude.T  # a view: a neuron a row
         rows[topk_mask(xp.ascontiguousarray(rows), j)] = math.inf
     w[...] = xp.where(topk_mask(magnitude.reshape(-1), k).reshape(w.shape), w, 0)
 
 
-def sparsify(name, w, step, cfg):
-    """Cut a parameter to its number of nonzeros at this step, in place."""
-    target, axis = target_density(name, cfg), neuron_axis(name)
-    if target < 1:
-        k = n_nonzero(name, w.shape, density_at(target, step, cfg), cfg)
-        keep_largest(w, k, 0 if axis is None else cfg.min_per_neuron, axis)
+def sparsify(params, step, cfg):
+    """Cut the parameters that are to be sparse to their numbers of nonzeros, in place."""
+    cuts = [(w, n_nonzero(name, w.shape, step, cfg), cfg.min_per_neuron, neuron_axis(name))
+            for name, w in params.items() if target_density(name, cfg) < 1]
+    if cuts and fused(cuts[0][0]):
+        return gpu.keep_largest(cuts)  # all at once
+    parallel(lambda cut: keep_largest(*cut), cuts, cfg.threads)
 
 
 # ---- optimizer ----------------------------------------------------------------------------------
@@ -627,23 +629,21 @@ def training_steps(flat, m, v, start, streams, cfg):
     `draw_batch`. Whoever runs this generator logs and saves: see `train`.
     """
     params = views(flat, cfg)
-    names = sorted(params, key=lambda name: -params[name].size)  # largest first
     for step in range(start, cfg.steps):
         # 1. A batch, drawn with a seed of this step: so a resumed run sees the same.
         rng = np.random.default_rng((cfg.seed, step))
         ids, targets = draw_batch(streams, rng, cfg.batch_size, cfg.n_ctx, cfg.idioms)
         # 2. The gradient, dense: a zeroed weight has one too, and may come back.
         loss, grad = batch_gradient(params, ids, targets, annealed_config(step, cfg))
-        # 3. Scale it by its RMS.
+        # 3. Adam, which takes the gradient divided by its RMS.
         scale = gradient_scale(grad, cfg)
-        # 4. Adam.
         in_chunks(lambda w, g, m, v: adam(w, g * scale, m, v, step, cfg), flat, grad, m, v,
                   threads=cfg.threads)
-        # 5. Zero all but the largest weights of every matrix that is to be sparse.
-        parallel(lambda name: sparsify(name, params[name], step, cfg), names, cfg.threads)
-        # 6. Decay what is left.
+        # 4. Zero all but the largest weights of every matrix that is to be sparse.
+        sparsify(params, step, cfg)
+        # 5. Decay what is left.
         decay = 1 - learning_rate(step, cfg) * cfg.weight_decay
-        for name in filter(is_matrix, names):
+        for name in filter(is_matrix, params):
             params[name] *= decay
         yield step, loss
 
@@ -993,7 +993,7 @@ def report_sizes(cfg, log):
     log(f"{n_params(cfg):,} parameters in {n_shards(cfg)} shards; weights that stay nonzero:")
     for name, shape in filter(lambda item: is_matrix(item[0]), shapes(cfg).items()):
         size, density = math.prod(shape), target_density(name, cfg)
-        k = n_nonzero(name, shape, density, cfg)
+        k = n_nonzero(name, shape, cfg.steps, cfg)
         log(f"{name:<16} {' x '.join(map(str, shape)):>12} {k:>9,} ({k / size:.4f})"
             + f", not {density:.4f}: --min_per_neuron is a floor" * (k > density * size + 1))
 

@@ -565,18 +565,19 @@ GOLDEN = {  # by activation, and whether AbsTopK's share falls to 1/2 or is 1/2 
     ("relu", False):
         [5.6593758073, 5.3326521743, 5.1060291547, 4.8762683971, 4.7152827943, 4.5274287623]}
 
+@pytest.mark.parametrize("bits", [32, 64])
 @pytest.mark.parametrize("act, falls", GOLDEN)
-def test_golden_loss_trace(backend, act, falls, monkeypatch):
-    """Any change of the arithmetic of model, optimizer or sparsity shows in these numbers: six
-    steps on a fixed batch that no random generator and no text has a part in."""
+def test_golden_loss_trace(backend, act, falls, bits, monkeypatch):
+    """Six steps on a fixed batch: any change of the arithmetic shows, also of a GPU's kernels."""
+    error = 1e-9 if bits == 64 else 2e-3 if falls else 1e-6  # one near tie falls the other way
     cfg = tiny(act=act, positions={"gelu": "learned", "relu": "relative"}[act], steps=6, lr=0.02,
-               anneal_start=0.0, anneal_end=0.6, sparse_bias=True)
+               anneal_start=0.0, anneal_end=0.6, sparse_bias=True, dtype=f"float{bits}")
     if not falls:
         monkeypatch.setattr(sg, "annealed_config", lambda step, cfg: cfg)
     ids = np.arange(cfg.batch_size * (cfg.n_ctx + 1)).reshape(cfg.batch_size, -1)**2 * 7 % 61
-    wave = np.sin(np.arange(sg.n_params(cfg)) * 1.7) * 0.1
+    wave = (np.sin(np.arange(sg.n_params(cfg)) * 1.7) * 0.1).astype(cfg.dtype)
     losses = [loss for *_, loss in steps_of(cfg, dev(wave), ids[:, :-1], ids[:, 1:])]
-    assert losses == pytest.approx(GOLDEN[act, falls], rel=1e-9)
+    assert losses == pytest.approx(GOLDEN[act, falls], rel=error)
 
 @pytest.mark.parametrize("density", [1.0, 0.1])
 def test_one_batch_is_overfitted(density):
@@ -1423,8 +1424,7 @@ def test_no_circuit_is_found_where_there_is_none(cues, monkeypatch):
         cue_task(labels, context) for labels in ("true", "nonsense", "inverted"))
     control = prune.ModelContext(prune.shuffled(context.model))
     shuffled = prune.PruningTask(control.model, control.frozen, "cue", FEW)
-    monkeypatch.setattr(prune, "learn_masks",
-                        lambda *args: goals.append(args[-1]) or real(*args))
+    monkeypatch.setattr(prune, "learn_masks", lambda *args: goals.append(args[-1]) or real(*args))
     for task in (true, nonsense, inverted, shuffled):
         goals.clear()
         found = prune.search(task, quiet)

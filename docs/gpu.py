@@ -14,7 +14,7 @@ import numpy as np
 
 @functools.cache
 def cuda(name, width=1024):
-    """A kernel of docs/kernels.cu; width: the length of the rows of abstopk."""
+    """A kernel of docs/kernels.cu; width: the length of the rows of which keep_k keeps some."""
     code = Path(__file__).with_name("kernels.cu").read_text()
     return cupy.RawModule(code=code, options=(f"-DWIDTH={width}",)).get_function(name)
 
@@ -31,17 +31,24 @@ def abstopk(x, k):  # any C, but the fewer the faster: a row's values stay in re
 
 
 def topk_mask(magnitude, k):
-    """One long row, such as a whole matrix, has kernels of its own."""
-    if magnitude.ndim > 1:
-        return abstopk(magnitude, k)[1]
-    n, mask = np.int32(magnitude.size), cupy.empty(magnitude.shape, bool)
-    keys, known, counts = magnitude.view("i4"), cupy.empty(10, "i4"), cupy.zeros(1024, "i4")
-    blocks, threads, k = (min(1024, -(-magnitude.size // 1024)),), (256,), np.int32(k)
-    for digit in map(np.int32, range(4)):
-        cuda("count_digit")(blocks, threads, (n, keys, digit, k, known, counts))
-    cuda("mask_from_kth")(blocks, threads, (n, keys, k, known, counts, mask))
-    cuda("drop_ties")((1,), (32,), (n, keys, known, counts, mask))
-    return mask
+    return abstopk(magnitude, k)[1]
+
+
+def keep_largest(cuts):
+    """sparsegpt.keep_largest(w, k, j, axis) of each of the cuts. All have neurons of one size."""
+    most, n = max(w.size for w, *_ in cuts), len(cuts)
+    width = max((w.shape[1 - axis] for w, _, _, axis in cuts if axis is not None), default=1024)
+    keys, table = [cupy.empty(w.size, "i4") for w, *_ in cuts], []
+    for own, (w, k, j, axis) in zip(keys, cuts):
+        table.append((w.data.ptr, own.data.ptr, w.size, k, 0 if axis is None else j,
+                      w.shape[1] if axis == 1 else 1))
+    counts, known = cupy.zeros((n, 4, 256), "i4"), cupy.empty((n, 5, 2), "i4")
+    table, blocks = cupy.asarray(np.array(table)), (min(256, -(-most // 1024)), n)
+    cuda("neuron_keys", width)((-(-most // (4 * width)), n), (32, 4), (table,))
+    for digits in map(np.int32, range(4)):
+        cuda("count_digit", width)(blocks, (256,), (table, digits, known, counts))
+    cuda("drop_ties", width)((1, n), (256,), (table, known, counts))
+    cuda("cut", width)(blocks, (256,), (table, known, counts))
 
 
 def rmsnorm(x, eps):
@@ -57,13 +64,18 @@ def rmsnorm_backward(dout, out, scale):
     return dx
 
 
-def softmax(logits, sink):
+def softmax(logits, sink):  # in place
     (B, H, T, _), e = logits.shape, cupy.ascontiguousarray(logits)
-    total, sink_share = cupy.empty((2, B, H, T, 1), e.dtype)
+    sink_share = cupy.empty((B, H, T, 1), e.dtype)
     own = cupy.full(H, -math.inf, e.dtype) if sink is None else sink
-    run_rows(cuda("softmax"), B * H * T, e, own, total, sink_share, np.int32(T), np.int32(H))
-    e /= total  # so far it is exp(logits - the row's largest)
+    run_rows(cuda("softmax"), B * H * T, e, own, sink_share, np.int32(T), np.int32(H))
     return e, sink_share
+
+
+def softmax_backward(dout, weights, sink_share):  # in place
+    along = cupy.empty(sink_share.shape, dout.dtype)
+    run_rows(cuda("softmax_backward"), along.size, dout, weights, along, np.int32(dout.shape[3]))
+    return dout, -(along * sink_share).sum((0, 2, 3))
 
 
 @functools.cache

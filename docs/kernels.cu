@@ -2,8 +2,9 @@
 // CuPy compiles this file with -DWIDTH=... when one of them is first called.
 
 #ifndef WIDTH
-#define WIDTH 1024  // the length of a row of abstopk, whose values stay in registers
+#define WIDTH 1024  // the length of a row of which keep_k keeps some, in registers
 #endif
+#define EACH ((WIDTH + 31) / 32)  // values of such a row that a thread holds
 
 __device__ float warp_sum(float x) {
     for (int s = 16; s; s /= 2) x += __shfl_xor_sync(~0u, x, s);
@@ -15,36 +16,45 @@ __device__ float warp_sum(float x) {
 #define ROW int lane = threadIdx.x, row = blockIdx.x * blockDim.y + threadIdx.y; \
     if (row >= rows) return
 
-extern "C" __global__ void abstopk(int rows, const float* x, float* out, bool* mask, int k) {
-    ROW;
-    int v[(WIDTH + 31) / 32];
-    long long at = (long long)row * WIDTH;
-    #pragma unroll
-    for (int i = 0; i < (WIDTH + 31) / 32; i++)  // |x| as integers, in registers
-        v[i] = 32 * i + lane < WIDTH ? __float_as_int(x[at + 32 * i + lane]) & 0x7fffffff : -1;
+// Leaves -1 of a warp's values >= 0, but for the k largest, the first of equals. Value i of a
+// thread is that of column 32 * i + lane.
+__device__ void keep_k(int* v, int k, int lane) {
     int least = 0;  // the k-th largest, found bit by bit: the largest that k of them reach
     for (int bit = 1 << 30; bit; bit >>= 1) {
         int n = 0;
         #pragma unroll
-        for (int i = 0; i < (WIDTH + 31) / 32; i++) n += v[i] >= (least | bit);
+        for (int i = 0; i < EACH; i++) n += v[i] >= (least | bit);
         for (int s = 16; s; s /= 2) n += __shfl_xor_sync(~0u, n, s);
         if (n >= k) least |= bit;
     }
     int room = k;  // for equals of the k-th: what those above it leave
     #pragma unroll
-    for (int i = 0; i < (WIDTH + 31) / 32; i++)
-        room -= __popc(__ballot_sync(~0u, v[i] > least));
+    for (int i = 0; i < EACH; i++) room -= __popc(__ballot_sync(~0u, v[i] > least));
     #pragma unroll
-    for (int i = 0; i < (WIDTH + 31) / 32; i++) {
+    for (int i = 0; i < EACH; i++) {
         unsigned ties = __ballot_sync(~0u, v[i] == least);
-        bool keep = v[i] > least
-            || (v[i] == least && __popc(ties & ((1u << lane) - 1)) < room);
+        if (v[i] < least || (v[i] == least && __popc(ties & ((1u << lane) - 1)) >= room))
+            v[i] = -1;
         room -= __popc(ties);
-        if (32 * i + lane < WIDTH) {
-            out[at + 32 * i + lane] = keep ? x[at + 32 * i + lane] : 0;
-            mask[at + 32 * i + lane] = keep;
-        }
     }
+}
+
+__device__ int key(float x) { return __float_as_int(x) & 0x7fffffff; }  // |x|: sorts alike
+
+extern "C" __global__ void abstopk(int rows, const float* x, float* out, bool* mask, int k) {
+    ROW;
+    int v[EACH];
+    long long at = (long long)row * WIDTH;
+    #pragma unroll
+    for (int i = 0; i < EACH; i++)
+        v[i] = 32 * i + lane < WIDTH ? key(x[at + 32 * i + lane]) : -1;
+    keep_k(v, k, lane);
+    #pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (32 * i + lane < WIDTH) {
+            out[at + 32 * i + lane] = v[i] >= 0 ? x[at + 32 * i + lane] : 0;
+            mask[at + 32 * i + lane] = v[i] >= 0;
+        }
 }
 
 extern "C" __global__ void rmsnorm(int rows, const float* x, float* out, float* scale, int width,
@@ -69,28 +79,66 @@ extern "C" __global__ void rmsnorm_backward(int rows, const float* dout, const f
         dx[at + i] = (dout[at + i] - out[at + i] * sum) * scale[row];
 }
 
-// e: logits, which become exp(logit - the row's largest), and 0 for keys after the query.
-extern "C" __global__ void softmax(int rows, float* e, const float* sink, float* total,
-                                   float* to_sink, int queries, int heads) {
+// e: logits, which become the softmax over the keys that the query sees, and 0 for the others.
+extern "C" __global__ void softmax(int rows, float* e, const float* sink, float* to_sink,
+                                   int queries, int heads) {
     ROW;
     e += (long long)row * queries;
     int last = row % queries;  // the last key that this query sees
     float own = sink[row / queries % heads], top = own, sum = 0;
     for (int i = lane; i <= last; i += 32) top = fmaxf(top, e[i]);
     for (int s = 16; s; s /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, s));
-    for (int i = lane; i < queries; i += 32) sum += e[i] = i <= last ? expf(e[i] - top) : 0;
+    for (int i = lane; i <= last; i += 32) sum += e[i] = expf(e[i] - top);
     own = expf(own - top);
     sum = warp_sum(sum) + own;
-    if (lane == 0) total[row] = sum, to_sink[row] = own / sum;
+    for (int i = lane; i < queries; i += 32) e[i] = i <= last ? e[i] / sum : 0;
+    if (lane == 0) to_sink[row] = own / sum;
 }
 
-// ---- the k largest of n keys, integers >= 0: four passes, each finds 8 bits of the k-th ---------
+extern "C" __global__ void softmax_backward(int rows, float* d, const float* weights,
+                                            float* along, int queries) {
+    ROW;
+    d += (long long)row * queries, weights += (long long)row * queries;
+    int last = row % queries;
+    float sum = 0;
+    for (int i = lane; i <= last; i += 32) sum += d[i] * weights[i];
+    sum = warp_sum(sum);
+    for (int i = lane; i < queries; i += 32) d[i] = i <= last ? (d[i] - sum) * weights[i] : 0;
+    if (lane == 0) along[row] = sum;
+}
+
+// ---- weight top-k: all matrices at once, blockIdx.y is the matrix ------------------------------
+// Keys are |w|, or infinite for the j largest of each neuron. Four passes find the k-th largest
+// key of each matrix, 8 bits each.
+
+struct Matrix { float* w; int* keys; long long n, k, j, stride; };  // stride: in a neuron
+
+extern "C" __global__ void neuron_keys(const Matrix* all) {
+    Matrix m = all[blockIdx.y];
+    int rows = (m.n + WIDTH - 1) / WIDTH, v[EACH];
+    ROW;
+    long long at = m.stride > 1 ? row : (long long)row * WIDTH, end = m.n;
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        long long column = 32 * i + lane, here = at + column * m.stride;
+        v[i] = column < WIDTH && here < end ? key(m.w[here]) : -1;
+    }
+    if (m.j) keep_k(v, m.j, lane);
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        long long column = 32 * i + lane, here = at + column * m.stride;
+        if (column < WIDTH && here < end)
+            m.keys[here] = m.j && v[i] >= 0 ? 0x7f800000 : key(m.w[here]);
+    }
+}
 
 struct Kth { int bits, rank; };  // its first bits; its rank among the keys that begin with them
 
 // The k-th after `digits` of four passes. counts: [4, 256] keys that share the digits before, by
-// their next one. known: [5], after each pass, kept for the next. For a block of 256 threads.
+// their next one. known: [5], after each pass, kept for the next. Both are those of the matrix.
+// For a block of 256 threads.
 __device__ Kth kth(int digits, int k, Kth* known, const int* counts) {
+    known += 5 * blockIdx.y, counts += 1024 * blockIdx.y;
     if (digits == 0) return Kth{0, k};
     __shared__ int least[257];  // how many of the keys have at least this next digit
     __shared__ Kth found;
@@ -113,34 +161,38 @@ __device__ Kth kth(int digits, int k, Kth* known, const int* counts) {
     return found;
 }
 
-extern "C" __global__ void count_digit(int n, const int* keys, int digits, int k, Kth* known,
-                                       int* counts) {
+extern "C" __global__ void count_digit(const Matrix* all, int digits, Kth* known, int* counts) {
+    Matrix m = all[blockIdx.y];
     __shared__ int here[256];
     here[threadIdx.x] = 0;
-    Kth now = kth(digits, k, known, counts);
+    Kth now = kth(digits, m.k, known, counts);
     __syncthreads();
-    for (int i = blockIdx.x * 256 + threadIdx.x; i < n; i += gridDim.x * 256)
-        if (digits == 0 || keys[i] >> (32 - 8 * digits) == now.bits)
-            atomicAdd(&here[keys[i] >> (24 - 8 * digits) & 255], 1);
+    for (long long i = blockIdx.x * 256 + threadIdx.x; i < m.n; i += gridDim.x * 256)
+        if (digits == 0 || m.keys[i] >> (32 - 8 * digits) == now.bits)
+            atomicAdd(&here[m.keys[i] >> (24 - 8 * digits) & 255], 1);
     __syncthreads();
-    if (here[threadIdx.x]) atomicAdd(&counts[256 * digits + threadIdx.x], here[threadIdx.x]);
+    if (here[threadIdx.x])
+        atomicAdd(&counts[1024 * blockIdx.y + 256 * digits + threadIdx.x], here[threadIdx.x]);
 }
 
-extern "C" __global__ void mask_from_kth(int n, const int* keys, int k, Kth* known,
-                                         const int* counts, bool* mask) {
-    Kth now = kth(4, k, known, counts);
-    for (int i = blockIdx.x * 256 + threadIdx.x; i < n; i += gridDim.x * 256)
-        mask[i] = keys[i] >= now.bits;
-}
-
-// Drops the last equals of the k-th that are too many. One warp: there are seldom any.
-extern "C" __global__ void drop_ties(int n, const int* keys, const Kth* known, const int* counts,
-                                     bool* mask) {
-    int lane = threadIdx.x, surplus = counts[768 + (known[4].bits & 255)] - known[4].rank;
-    for (int end = n; surplus > 0; end -= 32) {
-        int i = end - 1 - lane;
-        unsigned ties = __ballot_sync(~0u, i >= 0 && keys[i] == known[4].bits);
-        if (ties >> lane & 1 && __popc(ties & ((1u << lane) - 1)) < surplus) mask[i] = false;
+// Takes the last equals of the k-th that are too many out of the keys. There are seldom any, or
+// they are zeros, which need no cutting.
+extern "C" __global__ void drop_ties(const Matrix* all, Kth* known, const int* counts) {
+    Matrix m = all[blockIdx.y];
+    Kth now = kth(4, m.k, known, counts);
+    int lane = threadIdx.x, surplus = counts[1024 * blockIdx.y + 768 + (now.bits & 255)] - now.rank;
+    if (lane >= 32 || now.bits == 0) return;
+    for (long long end = m.n; surplus > 0; end -= 32) {
+        long long i = end - 1 - lane;
+        unsigned ties = __ballot_sync(~0u, i >= 0 && m.keys[i] == now.bits);
+        if (ties >> lane & 1 && __popc(ties & ((1u << lane) - 1)) < surplus) m.keys[i] = -1;
         surplus -= __popc(ties);
     }
+}
+
+extern "C" __global__ void cut(const Matrix* all, Kth* known, const int* counts) {
+    Matrix m = all[blockIdx.y];
+    Kth now = kth(4, m.k, known, counts);
+    for (long long i = blockIdx.x * 256 + threadIdx.x; i < m.n; i += gridDim.x * 256)
+        if (m.keys[i] < now.bits) m.w[i] = 0;
 }
