@@ -918,8 +918,8 @@ def run(argv) -> int:
     args = parser.parse_args(argv)
     if not 1 <= args.n <= 10_000:
         raise UserError(f"--n must be from 1 to 10000, not {args.n}")
-    if args.idioms and args.task is not None:
-        raise UserError("--idioms are of no one task")
+    if args.idioms and (args.task, args.split) != (None, "eval"):
+        raise UserError("--idioms are of no one task, and of the split train")
     if args.idioms:
         rng = random.Random(f"idioms/{args.seed}")
         print("\n----\n".join(idiom(rng) for _ in range(args.n)))

@@ -964,7 +964,7 @@ def test_wrong_input_is_refused_and_nothing_is_written_over(line, said, prose, c
     ("nonsense", "nonsense"), ("var_swop", "var_swap"),
     *((f"--n {n}", "--n") for n in ("0", "x", "10001")),
     ("var_swap --split tset", "eval"), ("var_swap --idioms", "--idioms"),
-    ("var_swap --n 2", None), ("--idioms", None), ("", None)])
+    ("--idioms --split held", "train"), ("var_swap --n 2", None), ("--idioms", None), ("", None)])
 def test_command_line_of_tasks_shows_or_refuses(line, said, capsys):
     if said:
         assert not assert_refused(capsys, said, *line.split(), main=tasks.main)
