@@ -51,12 +51,11 @@ def curve(task, progress):
     for i, aim in enumerate(AIMS[:1 + sum(aim > lowest for aim in AIMS)]):
         order, tau = prune.learn_masks(task, *prune.TRIALS[0], [task.settings.seed, i], progress,
                                        prune.training_target(aim, lowest))
-        loss = functools.cache(lambda n, order=order: task.loss(prune.top_nodes(order, n)))
-        rankings.append((order, int((tau >= 0).sum()), loss))
+        rankings.append((order, int((tau >= 0).sum())))
     out, best = [], (math.inf, math.inf, None)  # edges, nodes, mask
     for target in sorted(target for target in SWEEP if target >= lowest):
-        for order, learned, loss in rankings:
-            mask = prune.bisect(order, lambda m: loss(int(m.nodes.sum())) <= target, learned)
+        for order, learned in rankings:
+            mask = prune.bisect(order, lambda m: task.loss(m) <= target, learned)
             if mask is not None:  # what reaches a lower target reaches this one too
                 best = min(best, (*task.size(mask)[::-1], mask), key=lambda found: found[:2])
         if best[2] is not None:
@@ -78,11 +77,10 @@ def compare_one(contexts, settings, job):
     if not row["full"] <= max(SWEEP):  # nor is NaN
         return row
     progress, order = program.Progress(), prune.rank_by_attribution(task)
-    loss = functools.cache(lambda n: task.loss(prune.top_nodes(order, n)))
     for target, mask, (nodes, edges) in curve(task, progress):
         point = dict(task=name, target=target)
         row["points"].append(dict(point, nodes=nodes, edges=edges))
-        ranked = prune.bisect(order, lambda m: loss(int(m.nodes.sum())) <= target)
+        ranked = prune.bisect(order, lambda m: task.loss(m) <= target)
         if ranked is not None:
             row["by_attribution"].append(dict(point, edges=task.size(ranked)[1]))
         if target == settings.target:

@@ -20,8 +20,8 @@ def one_line(text, space=" "):
 # ---- text ---------------------------------------------------------------------------------------
 
 LEGEND = """<-, -> edges with weights (tokens and answers are not counted); == the same channel of
-the residual stream, to which tokens and blocks add. ␣ a space. Deleted: frozen at the mean over
-training text. importance: the loss if this node is deleted too, less the circuit's. values: on
+the residual stream, to which tokens and blocks add. ␣ a space. Deleted: frozen at {}.
+importance: the loss if this node is deleted too, less the circuit's. values: on
 the two prompts, at the token (from the end) where they differ most; of final at the last one."""
 
 
@@ -29,6 +29,7 @@ def listing(circuit, verbose=False):
     """A circuit as text: task, size, losses, checks, then its nodes and edges in the order of
     computation. verbose: all stages, checks and nodes, and tokens with high and low values."""
     r, size, example = circuit.record, circuit.record["size"], circuit.record["example"]
+    frozen = {"mean": "the mean over training text", "zero": "zero"}[circuit.settings.ablation]
     lines = textwrap.wrap(f"{circuit.task}: {r['doc']}", 99, subsequent_indent="    ")
     lines += [f"    prompt {i}: {''.join(tokens[1:])}    answer: {one_line(answer, '␣')}"
               for i, (tokens, answer) in enumerate(zip(example["prompts"], example["answers"]), 1)]
@@ -56,16 +57,16 @@ def listing(circuit, verbose=False):
     else:
         lines += textwrap.wrap(check_line(r["checks"]), 99, subsequent_indent="    ")
         lines += textwrap.wrap(control_line(r["checks"]), 99, subsequent_indent="    ")
-    lines += ["", *textwrap.wrap(LEGEND, 99)]
+    lines += ["", *textwrap.wrap(LEGEND.format(frozen), 99)]
     return "\n".join(lines) + "\n\n" + ("\n\n" if verbose else "\n").join(
-        "\n".join(block) for block in blocks(r, verbose))
+        "\n".join(block) for block in blocks(circuit, verbose))
 
 
 def next_commands(circuit, flags="", out=""):
     """Three commands to go on with, a line each. flags, out: those that they need."""
     nodes, (prompt, _) = circuit.record["nodes"], circuit.record["example"]["prompts"]
     start = f"\n    python prune.py {circuit.task}{flags}"
-    text = shlex.quote("".join(prompt[1:]).replace("⏎", "\n"))
+    text = shlex.quote("".join(prompt[1:]).replace("⏎", "\n").replace("⇥", "\t"))
     lines = f"next:{start}{out} --explain{start}{out} --ask {text}"
     if nodes:
         lines += f"{start} --ablate {max(nodes, key=lambda node: node['importance'])['name']}"
@@ -105,11 +106,11 @@ def packed(items, wide=99):
     return lines
 
 
-def blocks(record, verbose, most=3):
+def blocks(circuit, verbose, most=3):
     """[[line]]: a block for each head and node of a circuit in the order of computation; of a
     node's embeddings at most the `most` heaviest. Without verbose, nodes of less than a tenth of
     the largest importance are one block."""
-    before, after, out = defaultdict(list), defaultdict(list), []
+    record, before, after, out = circuit.record, defaultdict(list), defaultdict(list), []
     for e in record["edges"] + record["residual"]:
         before[e["to"]].append(f"<- {e['from']} {e['weight']:+.2f}" if "weight" in e else
                                f"== {e['from']}")
@@ -152,7 +153,8 @@ def blocks(record, verbose, most=3):
         block += packed(before[name] + after[name])
         if verbose:
             bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"
-            block.append(f"    bias and frozen inputs {bias}, mean {node['mean']:+.3f}")
+            block.append(f"    bias and frozen inputs {bias}, {circuit.settings.ablation} "
+                         f"{node['mean']:+.3f}")
             block += [f"    {kind} {side:<5}" + "   ".join(
                 f"{text}[{t}] {v:+.2f}" for text, t, v in node[kind][side][:3])
                 for kind, side in itertools.product(("task", "text"), ("high", "low"))]
@@ -254,7 +256,7 @@ td.neg { background: repeating-linear-gradient(135deg, rgb(var(--neg) / calc(.5 
 SCRIPT = """
 const graph = document.querySelector(".graph"), [panel, listing] = document.querySelectorAll("pre")
 for (const box of graph?.querySelectorAll("a") ?? []) box.onmouseenter = () => {
-  const name = box.querySelector("title").textContent + "  "
+  const name = box.querySelector("title").textContent + " "
   panel.hidden = false
   panel.textContent = listing.textContent.split("\\n\\n").find(s => s.startsWith(name)) ?? name
   for (const e of graph.querySelectorAll("[data-lit]"))

@@ -30,9 +30,9 @@ import sparsegpt as sg
 import tasks
 from docs.stand_in import StrictModule
 from test_sparsegpt import (
-    FEW, NASTY, NODE, NODES, SEEDS, assert_refused, brief, clean, configs, ctrl_c, cue_task,
-    cues, dev, drawn_mask, files, flags, found_circuit, links_of, page, prose, quiet, ran,
-    run_hook, run_main, same, small_model, tiny, wired, write, write_circuit)
+    FEW, NASTY, NODE, NODES, SEEDS, assert_refused, brief, clean, configs, ctrl_c, cue, cue_task,
+    cues, dev, drawn_mask, files, flags, found_circuit, links_of, named, page, prose, quiet, ran,
+    run_hook, run_main, same, slow_logits, small_model, tiny, wired, write, write_circuit)
 
 __all__ = ["brief", "clean", "cues", "prose"]  # fixtures
 
@@ -182,6 +182,21 @@ def nasty(x):
     if isinstance(x, dict):
         return {key: nasty(value) for key, value in x.items()}
     return list(map(nasty, x)) if isinstance(x, (list, tuple)) else x
+
+def test_a_task_that_needs_no_node_has_an_empty_circuit(cues, monkeypatch):
+    """What the bigram table alone does: checked, saved and drawn like any other."""
+    monkeypatch.setitem(tasks.TASKS, "trivial", functools.partial(cue, form="{junk}{cue}"))
+    model = wired(bigram=True)
+    model.params["bigram"][[ord("<"), ord(">")], [ord("x"), ord("y")]] = 30
+    circuit = prune.finish(
+        "circuits", prune.prune(model, "trivial", FEW), prune.ModelContext(model))
+    assert (circuit.record["size"]["nodes"], circuit.record["size"]["edges"]) == (0, 0)
+    page("circuits/trivial.html")
+    necessity, = (c for c in circuit.record["checks"] if c["name"] == "necessity")
+    assert necessity["passed"] is None
+    json.loads(Path("circuits/trivial.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert "trivial" in show.listing(circuit)
+    assert show.explain(circuit.record["example"]) == "the circuit has no nodes"
 
 def test_the_listing_has_every_node_and_edge_and_no_other(cues):
     """Text: each node is a heading once, its edges with their weights are under it."""
@@ -364,6 +379,45 @@ def test_the_parts_of_a_traced_node_add_up_to_it(cfg, seed):
         for t, c in np.argwhere(gate != 0):
             parts = [amount for amount, *_ in one.parts(site, t, c, 2.0)]
             assert np.isclose(sum(parts), 2 * one.value[site][t, c], 1e-6, 1e-9)
+
+def test_the_whole_path_of_pruning_runs(brief, capsys, monkeypatch):
+    """Ctrl-C, which leaves nothing behind; then prune, check, explain, ask, set and ablate. --set
+    is the same as a circuit in which that node alone is deleted and has that value."""
+    command, model = "cue --model model.npz", wired()
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "learn_masks", lambda *_: ctrl_c())
+        status, _, err = run_main(capsys, *command.split(), main=prune.main)
+    assert status == 130 and "Traceback" not in err and not list(Path("circuits").iterdir())
+    out = ran(capsys, command)
+    assert "h1.neuron.5" in out and "circuits/cue.json" in out
+    assert {path.suffix for path in Path("circuits").iterdir()} == {".json", ".html", ".dot"}
+    circuit = prune.load("circuits/cue.json")
+    assert named(circuit.mask, model) == named(found_circuit().mask, model)
+    assert ran(capsys, "--check circuits/cue.json --model model.npz").count("\n") == 1
+    out = ran(capsys, f"{command} --explain")
+    alike = NODES - set(re.findall(NODE, out))
+    assert out.startswith(f"{len(alike)} nodes that do not differ") and len(alike) < 3
+    assert set(re.findall(NODE, ran(capsys, f"{command} --explain <"))) == NODES
+    example, node = circuit.record["example"], prune.node_number("h1.neuron.5", model.cfg)
+    asked = "".join(" --ask " + "".join(prompt[1:]) for prompt in example["prompts"])
+    out = ran(capsys, command + asked)
+    own = [float(x) for x in re.findall(r"circuit +(\S+)", out)]  # first over second; then reverse
+    assert own == pytest.approx([example["margins"][0], -example["margins"][1]], abs=2e-3)
+    assert out.count("logit of `x` less that of `y`: full model") == 2
+    mean = prune.ModelContext(model).frozen[node]
+    outs = [ran(capsys, f"{command} {change}") for change in (
+        "--ablate h1.neuron.5", "--set final.1=2 --set final.3=1",
+        *(f"--set h1.neuron.5={value}" for value in (mean, 0, 1.5)))]
+    assert outs[0] == outs[2] and len(set(outs)) == 4
+    full = circuit.record["losses"]["full"]["search"]["binary"]
+    for out in outs:
+        assert f":\n    loss {full:.4f}, accuracy 100.0%\n" in out and "accuracy 50.0%" in out
+        assert len(re.findall(r"of 16 prompts .* (0|16) flip", out)) == 2
+    prompts, rest = prune.make_prompts(model, "cue", 16, 0), prune.every_node(model.cfg)
+    for value, out in zip((mean, 0, 1.5), outs[2:]):
+        logits = slow_logits(model, np.full(368, value, "f4"), prompts, rest.without([node]))
+        loss = prune.logistic(prune.margins(logits, prompts))
+        assert f"\n    loss {loss:.4f}, accuracy 50.0%" in out
 
 def test_a_prompt_is_traced_and_asked_about(brief, capsys):
     """The trace is checked by deletions; the circuit leans as its own run on the prompt does."""

@@ -98,6 +98,9 @@ def trace(model, text, answers=None, share=0.8, most=60):
     heap = [(-abs(b[0]), i, b) for i, b in enumerate(tree)]
     heapq.heapify(heap)
     named, count, leaves = set(), len(heap), abs(known)
+    amounts = defaultdict(list)  # [(amount, slope)] of each node, of every path in the tree
+    for amount, (site, _, c), slope, *_ in tree:
+        amounts[f"{site}.{c}"].append((amount, slope))
     open_ = sum(-size for size, _, _ in heap)
     while heap and open_ > (1 - share) * (open_ + leaves) and len(named) < most:
         size, _, (_, node, slope, _, children) = heapq.heappop(heap)
@@ -109,6 +112,7 @@ def trace(model, text, answers=None, share=0.8, most=60):
             if part[1] is None:
                 leaves += abs(part[0])
             else:
+                amounts[f"{part[1][0]}.{part[1][2]}"].append((part[0], part[2]))
                 heapq.heappush(heap, (-abs(part[0]), count, branch))
                 open_ += abs(part[0])
     token = [readings.token(model, i) for i in ids]
@@ -116,14 +120,6 @@ def trace(model, text, answers=None, share=0.8, most=60):
              f"`{readings.token(model, second)}`: logits differ by {difference:+.3f}",
              f"{known:+8.3f}  bigram table and biases"]
     printed, seen = [], set()
-    amounts = defaultdict(list)  # [(amount, slope)] of each node, of every path in the tree
-
-    def add(branches):
-        for amount, node, slope, _, children in branches:
-            if node:
-                amounts[f"{node[0]}.{node[2]}"].append((amount, slope))
-            add(children)
-
     def shown(branches):  # (the large ones, largest first; the sum of the others)
         large = [b for b in branches if abs(b[0]) >= 0.05 * abs(difference)
                  and (b[1] is None or b[1] in named)]
@@ -159,7 +155,6 @@ def trace(model, text, answers=None, share=0.8, most=60):
     show(tree, 0, last)
     lines.append(f"not followed to its end: {open_ / (open_ + leaves):.0%} of all amounts, signs "
                  "aside")
-    add(tree)
     return lines + check(model, prompt, {name: amounts[name] for name in printed}, difference)
 
 
