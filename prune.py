@@ -122,8 +122,8 @@ class CircuitMask(NamedTuple):
     edges: dict | None = None
 
     def without(self, items):
-        """The mask without some nodes, given by number, and edges, given as (matrix, row,
-        column)."""
+        """The mask without some nodes, by number, and listed edges, as (matrix, row, column). The
+        edges of such nodes stay listed: `kept_edges` drops them."""
         nodes, edges = self.nodes.copy(), self.edges and dict(self.edges)
         for name in {item[0] for item in items if isinstance(item, tuple)}:
             edges[name] = edges[name].copy()
@@ -414,7 +414,7 @@ class FastRunner(PlainRunner):
         """Bool [C]: the channels of a block's live heads; at least one head, as attention needs
         one."""
         cfg = self.model.cfg
-        q, k, v, out = (mask.nodes[node_slices(cfg)[h + x]] for x in sg.SITES[1:5])
+        q, k, v, out = (mask.nodes[node_slices(cfg)[h + x]] for x in ("q", "k", "v", "attn_out"))
         compared = max(x.sum() for x in (q, k, v)) > cfg.n_active(cfg.d_model)
         matters = (self.host[h + "attn.wo"][:, out] != 0).any(1) | compared
         live = np.array([q | k | v, matters]).reshape(2, -1, cfg.d_head).any(2).all(0)
@@ -493,7 +493,7 @@ class KeptChannels:
 def agree(task):
     """Compare the fast runner with the plain one on four random circuits and prompts, in float64,
     as rounding can change what AbsTopK keeps. Raises RuntimeError, which names the first site at
-    which they differ."""
+    which they differ, if the forward pass was changed and FastRunner was not."""
     cfg, rng = dataclasses.replace(task.model.cfg, dtype="float64"), np.random.default_rng(0)
     params = {name: w.astype(float) for name, w in task.model.params.items()}
     model, frozen = task.model._replace(params=params, cfg=cfg), task.frozen.astype(float)
@@ -517,7 +517,7 @@ def agree(task):
             error = float(abs(plain - seen[1][site]).max())
             if not error <= 1e-8 * (1 + float(abs(plain).max())):
                 raise RuntimeError(f"the fast runner differs from the plain one by {error:.2g}, "
-                                   f"first at {site}: see FastRunner")
+                                   f"first at {site}")
 
 
 # ---- the search ---------------------------------------------------------------------------------
@@ -794,7 +794,12 @@ def search(task, progress, seed=0):
     The runs differ in hyperparameters and seed; the one with the fewest edges at the target is
     cleaned. The same settings and seed give the same circuit.
     """
-    agree(task)
+    try:
+        agree(task)
+    except Exception as e:  # the fast runner may fail in any way if the forward pass was changed
+        print(f"\nFastRunner does not fit the forward pass ({type(e).__name__}: {e}); circuits are "
+              "tried with the model itself, about 30 times slower", file=sys.stderr)
+        task.runner = PlainRunner(task.model, task.frozen, task.judged)
     s, best, best_loss, stages = task.settings, None, math.inf, []
 
     def stage(name, mask):
@@ -858,9 +863,8 @@ def clean(task, mask, stage, progress):
 # ---- a model and its tasks ----------------------------------------------------------------------
 
 def fingerprint(model):
-    """16 hex digits that name a model: of its parameters, merges and shape."""
-    config = {**dataclasses.asdict(model.cfg), "threads": 0, "out": ""}
-    digest = hashlib.sha256(json.dumps([config, model.tok.merges]).encode())
+    """16 hex digits that name a model: of its parameters and merges."""
+    digest = hashlib.sha256(json.dumps(model.tok.merges).encode())
     for name in sg.shapes(model.cfg):
         digest.update((sg.to_host(model.params[name]) + 0).tobytes())  # a file has no -0
     return digest.hexdigest()[:16]
@@ -890,7 +894,7 @@ class ModelContext:
 
 @dataclasses.dataclass
 class Circuit:
-    """A task's circuit. record: all else that is saved, printed and drawn: see `describe`."""
+    """A task's circuit. record: all that is saved, printed and drawn, whatever mask is set."""
     task: str
     settings: Settings
     mask: CircuitMask
@@ -906,13 +910,20 @@ class Circuit:
         """[(name, name, weight)] of its edges."""
         return [(e["from"], e["to"], e["weight"]) for e in self.record["edges"]]
 
+    def is_of(self, model):
+        """Whether it is of this model's weights, merges and config, but for newer Config fields."""
+        record, config = self.record["model"], dataclasses.asdict(model.cfg)
+        return record["fingerprint"] == fingerprint(model) and all(
+            config[name] == value for name, value in record["config"].items()
+            if name not in ("threads", "out"))
+
     def run(self, model, prompts):
         """Its logits at the deciding positions of Prompts, [n, V]. Raises UserError on a model
         that is not its own."""
-        context = ModelContext(model, self.settings.ablation)
-        if context.fingerprint != self.record["model"]["fingerprint"]:
+        if not self.is_of(model):
             raise sg.UserError(f"the circuit of {self.task} is of another model")
-        return PlainRunner(model, context.frozen, prompts).logits(self.mask)
+        frozen = ModelContext(model, self.settings.ablation).frozen
+        return PlainRunner(model, frozen, prompts).logits(self.mask)
 
 
 def on_cores(fn, items, workers):
@@ -1187,8 +1198,8 @@ def load(path):
         cfg = sg.Config(**record["model"]["config"])
         if not record["task"].isidentifier() or record["settings"]["ablation"] == "resample":
             raise ValueError("there is no such search")
-        if dataclasses.asdict(cfg) != record["model"]["config"] or sg.n_params(cfg) > 1 << 30:
-            raise ValueError("its model's config is incomplete or too large")
+        if sg.n_params(cfg) > 1 << 30:
+            raise ValueError("its model is too large")
         nodes = np.zeros(n_nodes(cfg), bool)
         nodes[[node_number(node["name"], cfg) for node in record["nodes"]]] = True
         edges = {name: np.zeros(sg.shapes(cfg)[name], bool) for name in matrices(cfg)}
@@ -1261,13 +1272,13 @@ def finish(folder, circuit, context):
 def prune_one(context, settings, folder, seeds, task):
     """(task, its Circuit or None, a line of text). A finished circuit in the folder is kept if it
     is of this model and these settings, and has its losses on the task as it is now."""
-    path, asked = Path(folder, f"{task}.json"), (task, settings, seeds, context.fingerprint)
+    path, asked = Path(folder, f"{task}.json"), (task, settings, seeds)
     try:
         circuit = load(path)
         r = circuit.record
-        kept = (circuit.task, circuit.settings, r["seeds"], r["model"]["fingerprint"]) == asked
+        kept = (circuit.task, circuit.settings, r["seeds"]) == asked
         kept &= all(c["passed"] is not None for c in r["checks"] if "edges" in c)  # with controls
-        kept = kept and not verify(circuit, context)
+        kept = kept and circuit.is_of(context.model) and not verify(circuit, context)
     except sg.UserError:
         kept = False
     try:
@@ -1381,10 +1392,7 @@ def run(argv):
     sg.keep_freed_memory()
     circuit = load(path) if mode in ("check", "explain", "ask") else None
     model = load_model(given["model"] if "model" in given else sg.default_model())
-    own = dict(threads=0, out="")  # what a fingerprint does not depend on
-    if circuit and (circuit.record["model"]["fingerprint"] != fingerprint(model)
-                    or circuit.record["model"]["config"] | own
-                    != dataclasses.asdict(model.cfg) | own):
+    if circuit and not circuit.is_of(model):
         raise sg.UserError(f"{path} is a circuit of another model, not of {model.cfg.out}; name "
                            f"its own with --model: it was {circuit.record['model']['path']}")
     if circuit and task not in (None, circuit.task):

@@ -11,7 +11,7 @@ Part I is the method: settings, operations with their gradients, model, sparsity
 training loop, in plain array code that reads from top to bottom. Part II is the machinery: checks,
 batches, checkpoints, scores, the run around the loop, threads, processes, command line, GPU.
 
-An op is `out, cache = op(x, ...)`, and its backward is `dx = op_backward(dout, cache)`. Functions
+Most ops are `out, cache = op(x, ...)`, with `dx = op_backward(dout, cache)` under it. Functions
 without a backward are parts of ops. Parameters are one flat array, of which the model sees named
 views. Zero weights are multiplied like any others; sparsity buys interpretability, not speed.
 
@@ -62,7 +62,7 @@ xp = np  # NumPy or CuPy. Other files read sparsegpt.xp, as `use_device` may reb
 #   parallel, in_chunks        run a function over items, or over parts of arrays, on all cores
 #   shifted                    logits and sink, made safe for exp
 #   normal_cdf                 Phi(x), which NumPy lacks
-#   fused, gpu                 whether x is a float32 array on a GPU, and the kernels for it
+#   fused, gpu                 whether a GPU runs a kernel in place of the lines below, and which
 
 # ---- settings -----------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ def linear_backward(dout, cache, weights=True):
 
 
 def topk_mask(magnitude, k):  # [..., C] >= 0 -> bool [..., C]
-    """True at the k largest of each row along the last axis: exactly k, the first of equals."""
+    """True at the k >= 1 largest of each row of the last axis: exactly k, the first of equals."""
     if fused(magnitude):
         return gpu.topk_mask(magnitude, k)
     bits = magnitude.view(f"i{magnitude.itemsize}")  # which sort alike, and faster
@@ -361,7 +361,8 @@ def views(flat, cfg):
 
 
 def is_matrix(name):
-    """Whether a parameter is one of the matrices that are made sparse and decayed."""
+    """Whether a parameter is drawn at random, made sparse and decayed: by its name alone, so do
+    not call a gain .w. All others start at 0 and stay dense, but for biases, .b: --sparse_bias."""
     return name in ("wte", "wpe") or ".w" in name
 
 
@@ -382,7 +383,8 @@ def init_flat(cfg):
 # reverse, and takes the caches out again. `g` collects the gradients under the parameters' names.
 
 # The hook points of a block, in the order of computation; their full names are h0.attn_in and so
-# on. A channel at one of them, or of `final`, is a node of a circuit (paper A.1, A.5).
+# on. A channel at one of them, or of `final`, is a node of a circuit (paper A.1, A.5). Pruning
+# goes by the endings: what ends in _in reads the residual stream, what ends in _out writes to it.
 SITES = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "neuron", "mlp_out")
 
 
@@ -623,11 +625,9 @@ def adam(w, g, m, v, step, cfg):  # [n] each
 # ---- training -----------------------------------------------------------------------------------
 
 def training_steps(flat, m, v, start, streams, cfg):
-    """Train from step `start` on; yields (step, loss) after each step.
-
-    flat, m, v: parameters and Adam's moments, [n_params]; they change in place. streams: see
-    `draw_batch`. Whoever runs this generator logs and saves: see `train`.
-    """
+    """Train from step `start` on; yields (step, loss) after each. Whoever runs it logs and saves:
+    see `train`. flat, m, v: parameters and Adam's moments, [n_params], which change in place.
+    streams: see `draw_batch`."""
     params = views(flat, cfg)
     for step in range(start, cfg.steps):
         # 1. A batch, drawn with a seed of this step: so a resumed run sees the same.
@@ -789,7 +789,7 @@ def load(path):
     except FileNotFoundError as e:
         raise UserError(f"no file {path}; train one with: python sparsegpt.py --out {path}") from e
     except Exception as e:  # a zip can be broken in many ways, each with an exception of its own
-        raise UserError(f"{path} cannot be read or is not a whole checkpoint "
+        raise UserError(f"{path} cannot be read or is no checkpoint of this source "
                         f"({type(e).__name__}: {e})") from e
     return Model(views(xp.asarray(flat), cfg), cfg, tok, text, arrays)
 

@@ -562,7 +562,8 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
     """
     if task not in TASKS:
         close = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no task {task!r}; the nearest is {close!r}; tasks: {', '.join(TASKS)}")
+        raise UserError(f"no task {task!r}; the nearest is {close!r}; tasks: {', '.join(TASKS)}; "
+                        "one of your own needs --tasks FILE")
     check_draw(n, split)
     rng = random.Random(f"{task}/{split}/{seed}")  # a string seeds alike on every platform
     found, draws = {}, 0  # by prompts: keeps the order and drops what was made before
@@ -851,18 +852,18 @@ class Prompts(NamedTuple):
 def task_prompts(tok, pairs, n_ctx):
     """The Prompts of pairs. A pair that does not fit the context, or that no token of this
     tokenizer decides, is left out. Raises ValueError if that leaves none."""
-    rows = []
+    rows, why = [], "they do not fit"
     for (first, second), (a, b) in pairs:
         try:
             two = [deciding_tokens(tok, *asked)
                    for asked in ((first, a, b), (second, b, a))]
-        except ValueError:
+        except ValueError as e:
+            why = e
             continue
         if max(len(context) for context, _, _ in two) <= n_ctx:
             rows += two
     if not rows:
-        raise ValueError("no pair is of use: its answers must differ, and fit a context of "
-                         f"{n_ctx} tokens with their prompts")
+        raise ValueError(f"no pair is of use in a context of {n_ctx} tokens; the last: {why}")
     contexts, right, wrong = zip(*rows)
     last = np.array([len(context) - 1 for context in contexts])
     ids = np.full((len(rows), last.max() + 1), tok.EOT, np.int64)
@@ -914,12 +915,15 @@ def run(argv) -> int:
     parser.add_argument("--n", type=int, default=3, help="how many pairs or documents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="eval", help="train, eval or held")
+    parser.add_argument("--tasks", help="a Python file with tasks of one's own")
     parser.add_argument("--idioms", action="store_true", help="show training documents instead")
     args = parser.parse_args(argv)
     if not 1 <= args.n <= 10_000:
         raise UserError(f"--n must be from 1 to 10000, not {args.n}")
     if args.idioms and (args.task, args.split) != (None, "eval"):
         raise UserError("--idioms are of no one task, and of the split train")
+    if args.tasks:
+        load(args.tasks)
     if args.idioms:
         rng = random.Random(f"idioms/{args.seed}")
         print("\n----\n".join(idiom(rng) for _ in range(args.n)))

@@ -95,7 +95,7 @@ def overview(model, folder):
                 found = "{nodes} nodes, {edges} edges".format(**circuit.record["size"])
                 if circuit.task != task:
                     found = "of another task"
-                elif circuit.record["model"]["fingerprint"] != prune.fingerprint(model):
+                elif not circuit.is_of(model):
                     found = "of another model"
             elif task not in scores:
                 prune.make_prompts(model, task, 100, 0)  # raises what is wrong with the task

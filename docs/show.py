@@ -39,7 +39,7 @@ def listing(circuit, verbose=False):
               f"{'loss in nats':<14}" + "".join(
                   f" {f'{n} {name} prompts':^26}  "
                   for name, n in zip(("search", "held-out"), r["prompts"].values())),
-              f"{'':<14}" + f" {'2 tokens':>8} {'all':>8} {'accuracy':>8}  " * 2]
+              f"{'':<14}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
     for key, name in (("full", "full model"), ("circuit", "circuit")):
         scores = (r["losses"][key][split] for split in ("search", "held"))
         lines.append(f"{name:<14}" + "".join(
@@ -336,7 +336,8 @@ def grouped(links, most=10, weak=1 / 3):
 def route(boxes, columns, links):
     """{(Box, Box): (weight, {the ends of its links})} from column to column. A link over several
     columns follows the residual channel that it ends at, and passes the boxes of that channel."""
-    stream = {(b.column, b.channel): b for b in boxes if b.column[1] not in (1, 4)}
+    inner = (".q", ".k", ".v", ".neuron")  # all others are of the residual stream
+    stream = {(b.column, b.channel): b for b in boxes if not b.site.endswith(inner)}
     hops = {}
     for a, b, weight in links:
         between = columns[columns.index(a.column) + 1:columns.index(b.column)]

@@ -419,11 +419,15 @@ def test_the_whole_path_of_pruning_runs(brief, capsys, monkeypatch):
         loss = prune.logistic(prune.margins(logits, prompts))
         assert f"\n    loss {loss:.4f}, accuracy 50.0%" in out
 
-def test_a_prompt_is_traced_and_asked_about(brief, capsys):
-    """The trace is checked by deletions; the circuit leans as its own run on the prompt does."""
+def test_a_prompt_is_traced_and_asked_about(brief, capsys, monkeypatch):
+    """The trace is checked by deletions, and refuses a forward pass that it does not know; the
+    circuit leans as its own run on the prompt does."""
     write_circuit()
     status, out, err = run_main(capsys, "--trace", "if a", "--model", "model.npz", main=prune.main)
     assert (status, err) == (0, "") and "not followed to its end" in out
+    with monkeypatch.context() as patch, pytest.raises(sg.UserError, match="sum of its parts"):
+        patch.setattr(sg, "rmsnorm", lambda x, real=sg.rmsnorm: (2 * real(x)[0], real(x)[1]))
+        trace.trace(wired(), "if a")
     model, circuit = prune.load_model("model.npz"), prune.load("circuits/cue.json")
     prompts = prune.make_prompts(model, "cue", 2, 0).rows([0])
     [text, *_] = tasks.pairs("cue", 1)[0].prompts
@@ -443,6 +447,11 @@ def test_a_prompt_is_traced_and_asked_about(brief, capsys):
     other.params["head.b"][0] += 1
     with pytest.raises(sg.UserError, match="of another model"):
         circuit.run(other, prompts)
+    config = circuit.record["model"]["config"]
+    del config["late"]  # as if Config had got this field later
+    assert circuit.is_of(model)
+    config["act"] = "gelu"
+    assert not circuit.is_of(model)
     with pytest.raises(sg.UserError, match="exceed the context"):
         prune.activations(model, 999 * "a")
 

@@ -103,10 +103,15 @@ def trace(model, text, answers=None, share=0.8, most=60):
         amounts[f"{site}.{c}"].append((amount, slope))
     open_ = sum(-size for size, _, _ in heap)
     while heap and open_ > (1 - share) * (open_ + leaves) and len(named) < most:
-        size, _, (_, node, slope, _, children) = heapq.heappop(heap)
+        size, _, (amount, node, slope, _, children) = heapq.heappop(heap)
         open_ += size
         named.add(node)
-        for part in one.parts(*node, slope):
+        parts = one.parts(*node, slope)
+        own = [part[0] for part in parts]
+        if not abs(sum(own) - amount) <= 1e-4 * sum(map(abs, own)):
+            raise sg.UserError(f"{node[0]}.{node[2]} is not the sum of its parts: docs/trace.py "
+                               "does not know this model's forward pass")
+        for part in parts:
             branch, count = (*part, []), count + 1
             children.append(branch)
             if part[1] is None:
@@ -120,6 +125,7 @@ def trace(model, text, answers=None, share=0.8, most=60):
              f"`{readings.token(model, second)}`: logits differ by {difference:+.3f}",
              f"{known:+8.3f}  bigram table and biases"]
     printed, seen = [], set()
+
     def shown(branches):  # (the large ones, largest first; the sum of the others)
         large = [b for b in branches if abs(b[0]) >= 0.05 * abs(difference)
                  and (b[1] is None or b[1] in named)]
