@@ -45,7 +45,7 @@ import tasks
 from docs import ask, readings, record as records, show, trace
 from docs.show import explain, listing
 
-FORMAT = "sparsegpt-circuit-4"  # the version of a circuit's file
+FORMAT = "sparsegpt-circuit-5"  # the version of a circuit's file
 
 
 # ---- nodes and edges ----------------------------------------------------------------------------
@@ -490,14 +490,13 @@ class KeptChannels:
         return out
 
 
-def agree(task):
-    """Compare the fast runner with the plain one on four random circuits and prompts, in float64,
-    as rounding can change what AbsTopK keeps. Raises RuntimeError, which names the first site at
-    which they differ, if the forward pass was changed and FastRunner was not."""
-    cfg, rng = dataclasses.replace(task.model.cfg, dtype="float64"), np.random.default_rng(0)
-    params = {name: w.astype(float) for name, w in task.model.params.items()}
-    model, frozen = task.model._replace(params=params, cfg=cfg), task.frozen.astype(float)
-    few = task.pool.rows(np.arange(min(4, len(task.pool.last))))
+def agree(model, frozen, prompts):
+    """Compare the fast runner with the plain one on four random circuits, in float64, as rounding
+    can change what AbsTopK keeps. Raises RuntimeError, with the first site that differs."""
+    cfg, rng = dataclasses.replace(model.cfg, dtype="float64"), np.random.default_rng(0)
+    params = {name: w.astype(float) for name, w in model.params.items()}
+    model, frozen = model._replace(params=params, cfg=cfg), frozen.astype(float)
+    few = prompts.rows(np.arange(min(4, len(prompts.last))))
     runners = [kind(model, frozen, few) for kind in (PlainRunner, FastRunner)]
     # Shares of kept nodes. In the last circuit, no kept channel reads some heads.
     for share, attn_out in (0.05, 0.05), (0.3, 0.3), (0.9, 0.9), (0.9, 0.02):
@@ -516,8 +515,18 @@ def agree(task):
         for site, plain in seen[0].items():
             error = float(abs(plain - seen[1][site]).max())
             if not error <= 1e-8 * (1 + float(abs(plain).max())):
-                raise RuntimeError(f"the fast runner differs from the plain one by {error:.2g}, "
-                                   f"first at {site}")
+                raise RuntimeError(f"it is off by {error:.2g}, first at {site}")
+
+
+def quickest(model, frozen, prompts):
+    """A FastRunner if it agrees with the model as it runs, else a PlainRunner."""
+    try:
+        agree(model, frozen, prompts)
+        return FastRunner(model, frozen, prompts)
+    except Exception as e:  # it may fail in any way
+        print(f"FastRunner does not fit the forward pass ({type(e).__name__}: {e}); circuits are "
+              "tried with the model itself, about 30 times slower", file=sys.stderr)
+        return PlainRunner(model, frozen, prompts)
 
 
 # ---- the search ---------------------------------------------------------------------------------
@@ -570,9 +579,8 @@ class PruningTask:
         self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
         self.held = make_prompts(model, name, settings.search_pairs, settings.seed, "held")
         self.losses = {}  # by a digest of the mask
-        self.runner = FastRunner(model, frozen, self.judged) if self.text is None else (
-            PlainRunner(model, frozen, self.judged, self.text,
-                        np.random.default_rng(settings.seed)))
+        self.runner = quickest(model, frozen, self.judged) if self.text is None else PlainRunner(
+            model, frozen, self.judged, self.text, np.random.default_rng(settings.seed))
 
     def frozen_for(self, prompts, rng):
         """The values of deleted nodes in one run on some prompts."""
@@ -772,12 +780,10 @@ def minor_groups(task, mask, effect):
 
 
 class SearchResult(NamedTuple):
-    """What a search ends with. mask: None if no ranking reached the target. stages: size and loss
-    after each; tau: by node."""
+    """What a search ends with. mask: None if no ranking reached the target."""
     mask: CircuitMask | None
     loss: float
-    stages: list
-    tau: np.ndarray
+    stages: list  # size and loss after each
 
 
 def training_target(target, full):
@@ -794,12 +800,6 @@ def search(task, progress, seed=0):
     The runs differ in hyperparameters and seed; the one with the fewest edges at the target is
     cleaned. The same settings and seed give the same circuit.
     """
-    try:
-        agree(task)
-    except Exception as e:  # the fast runner may fail in any way if the forward pass was changed
-        print(f"\nFastRunner does not fit the forward pass ({type(e).__name__}: {e}); circuits are "
-              "tried with the model itself, about 30 times slower", file=sys.stderr)
-        task.runner = PlainRunner(task.model, task.frozen, task.judged)
     s, best, best_loss, stages = task.settings, None, math.inf, []
 
     def stage(name, mask):
@@ -819,14 +819,14 @@ def search(task, progress, seed=0):
         short = short and s.target < loss < 3 * s.target and (
             mask is None or mask.nodes.sum() > 2 * learned.nodes.sum())
         if mask is not None and (best is None or size[::-1] < best[0][::-1]):
-            best = size, mask, learned, tau
+            best = size, mask, learned
     if best is None:
-        return SearchResult(None, best_loss, stages, tau)
-    _, mask, learned, tau = best
+        return SearchResult(None, best_loss, stages)
+    _, mask, learned = best
     stage("learned masks", learned)
     stage("fewest by rank", mask)
     mask = clean(task, mask, stage, progress)
-    return SearchResult(mask, task.loss(mask), stages, tau)
+    return SearchResult(mask, task.loss(mask), stages)
 
 
 def clean(task, mask, stage, progress):
@@ -1136,7 +1136,7 @@ def describe(context, task, found):
     kept, bias = np.flatnonzero(mask.nodes), effective_bias(model, mask, task.frozen)
     effect = importance(task, mask)
     nodes = [dict(name=node_name(n, cfg), importance=effect[n], bias=bias.get(n),
-                  tau=round(float(best.tau[n]), 4), mean=float(task.frozen[n]), **reading)
+                  mean=float(task.frozen[n]), **reading)
              for n, reading in zip(kept, readings.node_readings(context, task, kept))]
     attention, overlap = check_attention(task, mask)
     shortest = np.argmin(task.pool.last.reshape(-1, 2).max(1))

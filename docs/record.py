@@ -34,7 +34,7 @@ RECORD = {
                "circuit": {"search": SCORE, "held": SCORE}},
     "checks": [{"name": str, "passed": Maybe(bool), "text": str, "loss?": NUMBER, "edges?": NUMBER,
                 "nodes?": NUMBER, "overlap?": NUMBER, "random?": NUMBER, "median?": NUMBER}],
-    "nodes": [{"name": str, "importance": float, "bias": NUMBER, "tau": float, "mean": float,
+    "nodes": [{"name": str, "importance": float, "bias": NUMBER, "mean": float,
                "task": EXTREMES, "text": EXTREMES}],
     "edges": [LINK | {"weight": float}], "residual": [LINK],
     "embed": [{"token": str, "to": str, "weight": float}],
