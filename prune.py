@@ -1321,6 +1321,7 @@ def make_parser():
             ("out", str, "folder for circuits (default circuits)"),
             ("tasks", str, "a Python file with tasks of one's own, as docs/my_tasks.py"),
             ("runs", int, "mask trainings in a search, 1 to 9 (default 1)"),
+            ("pairs", int, "prompt pairs in a step of mask training (default 8)"),
             ("seeds", int, "searches that are compared (default 2)")):
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--answers", nargs=2, metavar="ANSWER",
@@ -1352,7 +1353,7 @@ def settings_of(given):
     """The Settings of parsed flags. Raises UserError on a value out of range."""
     if not 1 <= given.get("seeds", 1) <= 100:
         raise sg.UserError(f"--seeds must be from 1 to 100, not {given['seeds']}")
-    names = given.keys() & {"target", "ablation", "runs", "seed"}
+    names = given.keys() & {"target", "ablation", "runs", "pairs", "seed"}
     return Settings(**{name: given[name] for name in names})
 
 
@@ -1364,11 +1365,10 @@ def load_model(path):
 
 # The flags that each mode looks at beside its own. It refuses the others.
 TAKES = dict(list={"model", "out"}, check={"model"}, trace={"model", "answers"},
-             explain={"task", "model", "out"},
-             ask={"task", "model", "out", "answers"},
+             explain={"task", "model", "out"}, ask={"task", "model", "out", "answers"},
              set={"task", "model", "seed"}, ablate={"task", "model", "seed"},
-             search={"task", "model", "out", "target", "ablation", "runs", "seeds", "seed",
-                     "verbose"})
+             search={"task", "model", "out", "target", "ablation", "runs", "pairs", "seeds",
+                     "seed", "verbose"})
 
 
 def run(argv):
