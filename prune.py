@@ -815,7 +815,7 @@ def search(task, progress, seed=0):
         mask = bisect(order, lambda m: task.loss(m) <= s.target, int(learned.nodes.sum()))
         loss, size = task.loss(learned), mask and task.size(mask)
         best_loss = min(best_loss, loss)
-        # These masks fell short, and their ranking needs far too many nodes.
+        # All masks so far fell short, and their ranking needs far too many nodes.
         short = short and s.target < loss < 3 * s.target and (
             mask is None or mask.nodes.sum() > 2 * learned.nodes.sum())
         if mask is not None and (best is None or size[::-1] < best[0][::-1]):

@@ -1443,6 +1443,14 @@ def test_no_circuit_is_found_where_there_is_none(cues, monkeypatch):
         assert np.array_equal(np.sort(w, None), np.sort(dealt, None))
         assert np.array_equal(w != 0, dealt != 0)
 
+def test_settings_are_those_of_the_flags_and_checks_never_pass_at_chance(cues):
+    given = vars(prune.make_parser().parse_args("cue --pairs 32 --runs 2 --target 0.5".split()))
+    assert prune.settings_of(given) == prune.Settings(target=0.5, pairs=32, runs=2)
+    assert prune.settings_of(given).limit() == (0.35, "half of chance")
+    assert prune.Settings(target=0.15).limit() == (0.3, "twice the target")
+    with pytest.raises(sg.UserError, match="resampling"):  # its losses would not be the search's
+        prune.prune(wired(), "cue", dataclasses.replace(FEW, ablation="resample"))
+
 @pytest.mark.parametrize("short", [[1], [0], [1, 1, 1], [1, 0, 1]])
 def test_if_all_masks_fell_short_one_more_is_trained_to_half_the_goal(short, monkeypatch):
     """Short: it ends over the target, and its ranking needs far more nodes."""

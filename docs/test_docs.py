@@ -214,6 +214,8 @@ def test_the_listing_has_every_node_and_edge_and_no_other(cues):
         edges = {(e["from"], e["to"], round(e["weight"], 2)) for e in record["edges"]}
         assert found["<-"] == {e for e in edges if e[1] in headings}
         assert found["->"] == {e for e in edges if e[0] in headings}
+    zero = dataclasses.replace(found_circuit(), settings=prune.Settings(ablation="zero"))
+    assert "frozen at zero" in show.listing(zero) and ", zero " in show.listing(zero, True)
 
 @pytest.mark.parametrize("change", [dict, nasty])
 def test_the_drawings_have_every_node_and_edge_and_nothing_from_outside(cues, change):
