@@ -2,10 +2,11 @@
 
 Source: Gao et al., arXiv 2511.13653 (2025), "the paper", sections 2.2 and A.5.
 
-    python prune.py single_double_quote     # of out/sparse.npz, else of docs/long.npz; 2 minutes
+    python prune.py --show single_double_quote   # a circuit that comes with the source
+    python prune.py single_double_quote     # find it: of out/sparse.npz, else of docs/long.npz
     python prune.py all                     # every task, and circuits/summary.html
 
-A *node* is one channel at one of a block's eight hook points (sites), or of the final normalized
+A *node* is one channel at one of a block's hook points (sites), or of the final normalized
 residual stream, at all positions of all prompts at once. A deleted node is frozen at its mean over
 training text. An *edge* is a nonzero weight between two kept nodes. A deleted edge is frozen at
 the weight times the mean of its source node. Biases, embeddings and unembeddings are never pruned.
@@ -15,56 +16,501 @@ steps: learn a mask over nodes by gradient descent through a hard threshold (the
 keep the fewest nodes that reach the target loss; delete every node and edge that the circuit can
 do without, one at a time (the paper did this by hand, and kept all edges).
 
-The file reads from top to bottom: nodes and edges, prompts, runners, the search, a model's tasks,
-checks, files, command line. docs/ has what prints, draws and questions a circuit.
+Part I is the method, in the order of its story. Part II is what it stands on: nodes and edges,
+prompts, runners, checks, readings, the print-out, files, command line. Drawings, and questions to
+a circuit, are in extras/.
 """
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it quietly while the modules load
+sys.modules.setdefault("prune", sys.modules[__name__])  # for extras, if this is the program
 import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
-import sys
-import threading
+import textwrap
 import time
 from collections import defaultdict
 from concurrent import futures
 from pathlib import Path
+from statistics import geometric_mean
 from typing import NamedTuple
 
-from docs import program  # before NumPy: docs sets the number of BLAS threads
-
-program.end_quietly(__name__)
+import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
 import numpy as np
 
-import sparsegpt as sg
 import tasks
-from docs import ask, readings, record as records, show, trace
-from docs.show import explain, listing
 
-FORMAT = "sparsegpt-circuit-5"  # the version of a circuit's file
+# =================================================================================================
+# Part I: the method
+# =================================================================================================
+# A vector over all nodes, in the order of computation, is "by node". Names that are not defined
+# here are of Part II: masks with their edges and links, prompts and margins, runners, checks.
 
+# What deleted nodes are frozen at: (function of a Model -> values by node, what is said of it).
+ABLATIONS = {
+    "mean": (lambda model: mean_activations(model, model.text), "the mean over training text"),
+    "zero": (lambda model: np.zeros(n_nodes(model.cfg)), "zero")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides a search. Raises UserError on a wrong value."""
+    target: float = 0.15     # binary loss in nats that the circuit may have
+    ablation: str = "mean"   # one of ABLATIONS; or resample, to compare sizes by
+    runs: int = 1            # mask trainings; one more, to half the goal, if all fell short
+    steps: int = 400         # of each
+    pairs: int = 8           # prompt pairs a step
+    search_pairs: int = 64   # pairs that the loss is measured on; masks see twice as many
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.ablation not in (*ABLATIONS, "resample"):
+            raise sg.UserError(f"there is no ablation {self.ablation!r}")
+        for name, low, high in (("target", 0.0001, 0.69), ("runs", 1, 9), ("steps", 1, 100_000),
+                                ("pairs", 1, 1000), ("search_pairs", 1, 1000),
+                                ("seed", 0, 1 << 31)):
+            value, kind = getattr(self, name), (int, float) if name == "target" else int
+            if not (isinstance(value, kind) and low <= value <= high):  # nor is NaN
+                raise sg.UserError(f"--{name} must be from {low} to {high}, not {value!r}")
+
+    def limit(self):
+        """(loss, what it is) up to which checks of a loss pass: chance proves nothing."""
+        return min((2 * self.target, "twice the target"), (0.35, "half of chance"))
+
+
+# k_coef (loss per node kept), rate and temperature of the runs, in the order of their use.
+TRIALS = ((1e-3, 0.03, 1.0), (1e-3, 0.01, 1.0), (1e-3, 0.03, 0.3))
+TOO_LARGE = 2000  # edges that are not cleaned: thousands of trials, a tenth of a second each
+
+
+# ---- a task's circuit, and its controls ---------------------------------------------------------
+
+def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, checks=True,
+          progress=True, found=lambda circuit, check: None):
+    """The Circuit of a task, with its checks (paper 2.2, A.5; the method is at the top).
+
+    context: shared by the tasks of a model. seeds: searches with different mask seeds; the first
+    is reported, the others are compared with it. workers: processes; the result is the same.
+    checks: without, there are no controls or other seeds, and it takes a fifth of the time.
+    progress: whether it is shown. found: called with the circuit and None when its search has
+    ended, then with the circuit and each check when that has.
+
+    Raises CannotPrune if the model cannot do the task, UserError on an unknown task, another
+    context, or values to resample, for which extras/compare.py alone is made.
+    """
+    context = context or ModelContext(model, settings.ablation)
+    if (context.fingerprint, context.ablation) != (fingerprint(model), settings.ablation) or (
+            settings.ablation not in ABLATIONS):
+        raise sg.UserError("the context is of another model or ablation, or of resampling")
+    task = PruningTask(model, context.frozen_values, name, settings)
+    if not (full := task.full_loss()) <= settings.target:  # NaN is neither
+        raise CannotPrune(f"the full model's loss on {name} is {full:.3f}, over the target of "
+                          f"{settings.target:g}")
+    jobs = [("circuit", task, 0)]
+    if checks:
+        control = ModelContext(shuffled(model), settings.ablation)
+        for key, of, labels in zip(CONTROLS, (context, context, control),
+                                   ("nonsense", "inverted", "true")):
+            jobs.append((key, PruningTask(of.model, of.frozen_values, name, settings, labels), 0))
+        jobs += [(f"seed {i}", task, i) for i in range(1, seeds)]
+    said = [progress and f"{name}, search {i} of {len(jobs)}" for i in range(1, len(jobs) + 1)]
+    results = on_cores(search_job, list(zip(said, jobs)), workers)
+    circuit = make_circuit(context, task, next(results)[1])
+    found(circuit, None)
+    for check in checks_of(circuit, task, results):
+        circuit.add(check)
+        found(circuit, check)
+    return circuit
+
+
+def search_job(job):
+    """(key, SearchResult) of a job: (what its progress is called, (key, PruningTask, seed))."""
+    said, (key, task, seed) = job
+    return key, search(task, sg.Progress(said and f"{said}, {key}"), seed)
+
+
+class PruningTask:
+    """A model and a task to find circuits for: the prompts, and the values of deleted nodes.
+
+    Masks are learned on `pool`. Losses are measured on `judged`, the first half of it. Nothing is
+    chosen by the held-out prompts. labels: see `make_prompts`.
+    """
+
+    def __init__(self, model, frozen_values, name, settings, labels="true"):
+        self.model, self.frozen_values = model, frozen_values
+        self.name, self.settings = name, settings
+        self.text = model.text if settings.ablation == "resample" else None
+        self.pool = make_prompts(model, name, 2 * settings.search_pairs, settings.seed,
+                                 labels=labels)
+        n = len(self.pool.last)
+        self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
+        self.held = make_prompts(model, name, settings.search_pairs, settings.seed, "held")
+        self.known = {}  # losses, by a digest of the mask
+        self.runner = quickest(model, frozen_values, self.judged) if self.text is None else (
+            PlainRunner(model, frozen_values, self.judged, self.text,
+                        np.random.default_rng(settings.seed)))
+
+    def values_for(self, prompts, rng):
+        """The values of deleted nodes in one run on some prompts."""
+        return self.frozen_values if self.text is None else (
+            resampled(self.model, prompts, self.text, rng))
+
+    def loss(self, mask):
+        """The binary loss of a mask. It is remembered: cleaning asks for many of them twice."""
+        kept = mask.nodes, *(mask.edges or {}).values()
+        key = hashlib.sha256(b"".join(np.packbits(x).tobytes() for x in kept)).digest()
+        if key not in self.known:
+            self.known[key] = logistic(margins(self.runner.logits(mask), self.judged))
+        return self.known[key]
+
+    def full_loss(self):
+        """The binary loss of the full model."""
+        return self.loss(every_node(self.model.cfg))
+
+    def size(self, mask):
+        """(nodes, edges) of a mask: the numbers that are reported."""
+        edges = kept_edges(mask, self.model.params, self.model.cfg)
+        return int(mask.nodes.sum()), int(sum(kept.sum() for kept in edges.values()))
+
+
+class SearchResult(NamedTuple):
+    """What a search ends with. mask: a CircuitMask, or None if no ranking reached the target."""
+    mask: object
+    loss: float
+    stages: list  # size and loss after each
+
+
+def search(task, progress, seed=0):
+    """Find a small circuit: learn masks, take the fewest nodes by rank, clean nodes and edges.
+
+    The runs differ in hyperparameters and seed; the one with the fewest edges at the target is
+    cleaned. The same settings and seed give the same circuit.
+    """
+    s, best, best_loss, stages = task.settings, None, math.inf, []
+
+    def stage(name, mask):
+        nodes, edges = task.size(mask)
+        stages.append(dict(stage=name, nodes=nodes, edges=edges, loss=task.loss(mask)))
+
+    goal, i, short = training_target(s.target, task.full_loss()), 0, True
+    while i < s.runs or (short and i == s.runs):
+        def of_all_runs(name, done, total, note, i=i):
+            progress(name, i * total + done, max(s.runs, i + 1) * total, note)
+
+        k_coef, lr, temperature = TRIALS[i % len(TRIALS)]
+        order, tau = learn_masks(task, k_coef, lr, temperature, [seed, i], of_all_runs,
+                                 goal / 2 if i == s.runs else goal)
+        learned, i = CircuitMask(tau >= 0), i + 1
+        mask = bisect(order, lambda m: task.loss(m) <= s.target, int(learned.nodes.sum()))
+        loss, size = task.loss(learned), mask and task.size(mask)
+        best_loss = min(best_loss, loss)
+        # All masks so far fell short, and their ranking needs far too many nodes.
+        short = short and s.target < loss < 3 * s.target and (
+            mask is None or mask.nodes.sum() > 2 * learned.nodes.sum())
+        if mask is not None and (best is None or size[::-1] < best[0][::-1]):
+            best = size, mask, learned
+    if best is None:
+        return SearchResult(None, best_loss, stages)
+    _, mask, learned = best
+    stage("learned masks", learned)
+    stage("fewest by rank", mask)
+    mask = clean(task, mask, stage, progress)
+    return SearchResult(mask, task.loss(mask), stages)
+
+
+def training_target(target, full):
+    """The loss that masks are trained to, for a target and the full model's loss: midway. Masks
+    that are trained to nearly the target end over it about half of the time. Their ranking may
+    then need all nodes, and differs more between seeds: see docs/defaults.md. A control, whose
+    full model is over the target, is treated like a task that the model does perfectly."""
+    return (target + (full if full < target else 0)) / 2
+
+
+# ---- step 1: learn a mask over nodes (paper A.5) ------------------------------------------------
+
+def learn_masks(task, k_coef, lr, temperature, seed, progress, target):
+    """Train a mask over nodes; returns (nodes from most to least needed, tau by node).
+
+    A node is kept where its tau >= 0; the gradient passes as that of a sigmoid (paper A.5). AdamW,
+    gradient norm at most 1, rate falling to 0, tau held to [-1, 1]. Nodes are ranked by tau; those
+    at 1 by the average estimated loss increase if removed. k_coef, the cost of a node, rises while
+    the loss is under `target` and falls while it is over: the right cost differs ten times between
+    tasks, and a wrong one gives circuits that are far too large, or useless.
+    """
+    s, model = task.settings, task.model
+    rng, index = np.random.default_rng([s.seed, *seed]), tau_index(model.cfg)
+    count = np.bincount(index)  # nodes of each tau
+    tau = rng.normal(0.1, 0.01, len(count))
+    m, v, increase = np.zeros_like(tau), np.zeros_like(tau), np.zeros_like(tau)
+    n_pairs, smooth = len(task.pool.last) // 2, target
+    for step in range(s.steps):
+        pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
+        batch = task.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
+        loss, by_node = gradient(model, batch, (tau >= 0)[index], task.values_for(batch, rng))
+        by_tau = np.bincount(index, by_node)
+        increase = 0.95 * increase - 0.05 * by_tau
+        smooth = 0.9 * smooth + 0.1 * loss
+        k_coef = max(1e-5, k_coef * math.exp(0.05 * (1 - min(2, smooth / target))))
+        soft = 1 / (1 + np.exp(-tau / temperature))
+        g = (by_tau + k_coef * count) * soft * (1 - soft) / temperature
+        g /= max(1, math.sqrt(g @ g))
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        move = m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
+        tau = np.clip(tau - lr * (1 - step / s.steps) * (move + 1e-3 * tau), -1, 1)
+        progress("learning masks", step + 1, s.steps,
+                 f"loss {loss:.3f}, {count[tau >= 0].sum()} nodes, ")
+    rank = np.empty(len(tau), np.int64)
+    rank[np.lexsort((-increase, -tau))] = np.arange(len(tau))
+    return np.argsort(rank[index], kind="stable"), tau[index]
+
+
+def tau_index(cfg):
+    """The number of the tau of every node: a query channel and its key channel share one."""
+    index, slices = np.arange(n_nodes(cfg)), node_slices(cfg)
+    for i in range(cfg.n_layer):
+        index[slices[f"h{i}.k"]] = index[slices[f"h{i}.q"]]
+    return np.unique(index, return_inverse=True)[1].reshape(-1)
+
+
+def gradient(model, prompts, nodes, frozen_values):
+    """(binary loss, its gradient by how much each node is kept) of prompts."""
+    hook = Ablation(nodes, frozen_values, model.cfg)
+    logits, cache = sg.forward(model.params, prompts.ids, model.cfg, hook, prompts.last)
+    logits, rows = sg.to_host(logits), np.arange(len(prompts.last))
+    margin, dlogits = margins(logits, prompts), np.zeros_like(logits)
+    slope = np.exp(-np.logaddexp(0, margin)) / len(rows)  # the wrong answer's probability
+    dlogits[rows, prompts.right], dlogits[rows, prompts.wrong] = -slope, slope
+    sg.backward(sg.xp.asarray(dlogits), cache, model.cfg)
+    return logistic(margin), sg.to_host(hook.grad).astype(np.float64)
+
+
+class Ablation:
+    """A hook for `sparsegpt.forward`: kept nodes pass, the others are frozen. This defines what a
+    circuit computes.
+
+    AbsTopK chooses among the kept nodes alone, so a circuit computes with nothing but its own
+    nodes; or, with `seen`, the full model's values {site: [N, C]}, those are active that are so
+    there. nodes: bool by node. frozen_values: by node, or {site: [N, C]} with one for each token.
+    After a backward pass, `grad` is by node the gradient of the loss by a number m in
+    m x + (1 - m) frozen, where x is the value that the node has, or would have if it were kept.
+    """
+
+    def __init__(self, nodes, frozen_values, cfg, seen=None):
+        self.slices, self.saved, self.seen = node_slices(cfg), {}, seen
+        if not isinstance(frozen_values, dict):
+            frozen_values = sg.xp.asarray(frozen_values, cfg.dtype)
+            frozen_values = {site: frozen_values[part] for site, part in self.slices.items()}
+        self.frozen_values, self.nodes = frozen_values, sg.xp.asarray(nodes)
+        self.n_kept = {site: int(nodes[part].sum()) for site, part in self.slices.items()}
+        self.grad = sg.xp.zeros(n_nodes(cfg), cfg.dtype)
+
+    def forward(self, site, x, k):
+        xp, kept, active = sg.xp, self.nodes[self.slices[site]], None
+        if self.seen and k < x.shape[1]:
+            active = self.seen[site] != 0
+        elif k < x.shape[1] and k <= self.n_kept[site]:  # else all kept nodes stay active
+            size = abs(x)
+            winners = sg.topk_mask(size * kept, k)
+            # A deleted node, if it were kept, would have to exceed the least active one.
+            least = xp.where(winners, size * kept, math.inf).min(1, keepdims=True)
+            active = xp.where(kept, winners, size >= least)
+        x = x if active is None else x * active
+        self.saved[site] = x, active
+        return xp.where(kept, x, self.frozen_values[site])
+
+    def backward(self, site, dx):
+        part, (x, active) = self.slices[site], self.saved.pop(site)
+        self.grad[part] = sg.xp.einsum("nc,nc->c", dx, x - self.frozen_values[site])
+        dx = dx * self.nodes[part]
+        return dx if active is None else dx * active
+
+
+# ---- step 2: the fewest nodes by rank -----------------------------------------------------------
+
+def bisect(order, good, guess=0):
+    """The mask of the fewest first nodes of an order for which `good` holds, or None if it does
+    not hold for all of them. Bisection assumes that more nodes never hurt, which is nearly true.
+    So it first looks at `guess` nodes, those of a learned mask, and doubles from there."""
+    low, high, middle = -1, len(order), min(guess, len(order) - 1)
+    while high - low > 1:
+        if good(top_nodes(order, middle)):
+            high = middle
+        else:
+            low = middle
+        middle = (low + high) // 2 if high < len(order) else min(2 * low + 1, high - 1)
+    return top_nodes(order, high) if high < len(order) or good(top_nodes(order, high)) else None
+
+
+def top_nodes(order, n):
+    """The mask of the first n nodes of an order."""
+    nodes = np.zeros(len(order), bool)
+    nodes[order[:n]] = True
+    return CircuitMask(nodes)
+
+
+def rank_by_attribution(task):
+    """Nodes by the estimated loss increase if each is removed: gradient x (activation - frozen
+    value). Learned masks are compared with this baseline (paper Figure 31)."""
+    nodes, rng = every_node(task.model.cfg).nodes, np.random.default_rng(0)
+    increase = sum(-gradient(task.model, part, nodes, task.values_for(part, rng))[1] * len(index)
+                   for index, part in task.pool.parts())
+    return np.argsort(-increase, kind="stable")
+
+
+# ---- step 3: delete what can go -----------------------------------------------------------------
+
+def clean(task, mask, stage, progress):
+    """The mask without every node and edge that can go alone, one after another, until none can,
+    and without disconnected nodes and groups of minor ones if the loss allows. A circuit of over
+    TOO_LARGE edges stays as it is."""
+    model, target = task.model, task.settings.target
+    if task.size(mask)[1] > TOO_LARGE:
+        stage("not cleaned: too large", mask)
+        return mask
+
+    def nodes(m):
+        return np.flatnonzero(m.nodes).tolist()
+
+    def nodes_and_edges(m):
+        return nodes(m) + edge_list(kept_edges(m, model.params, model.cfg))
+
+    mask = mask._replace(edges=kept_edges(mask, model.params, model.cfg))
+    mask = delete_greedily(mask, nodes, task.loss, target, progress, "cleaning nodes", {})
+    stage("nodes cleaned", mask)
+    size, loss_without = None, {}
+    while task.size(mask) != size:
+        size = task.size(mask)
+        mask = delete_greedily(mask, nodes_and_edges, task.loss, target, progress,
+                               "cleaning edges", loss_without)
+        groups = minor_groups(task, mask, importance(task, mask))
+        for group in (disconnected_nodes(mask, model, task.pool), *groups):
+            if len(group) and task.loss(mask.without(group)) <= target:
+                mask = mask.without(group)
+    stage("edges cleaned", mask)
+    return mask
+
+
+def delete_greedily(mask, items, loss, target, progress, stage, loss_without):
+    """The mask without every item that it can do without: none that is left can go alone.
+
+    Items are tried in passes, in the order of the loss without each (kept in `loss_without`, from
+    when it was last tried alone). They go in groups that double where the loss stays within the
+    target, and are halved where it does not. The last pass tries every item that is left.
+    """
+    left = items(mask)
+    new = [item for item in left if item not in loss_without]
+    for i, item in enumerate(new):
+        loss_without[item] = loss(mask.without([item]))
+        progress(stage, i + 1, len(new))
+    left.sort(key=loss_without.get)
+    if len(new) == len(left):  # those that have just failed alone can wait for the next pass
+        left = [item for item in left if loss_without[item] <= target]
+    while left:
+        i, size, deleted = 0, 1, False
+        while i < len(left):
+            group = left[i:i + size]
+            value = loss(trial := mask.without(group))
+            if value <= target:
+                mask, deleted, i, size = trial, True, i + len(group), 2 * size
+            elif len(group) > 1:
+                size = len(group) // 2
+            else:
+                loss_without[group[0]], i = value, i + 1
+            progress(stage, i, len(left))
+        left = sorted(items(mask), key=loss_without.get) if deleted else []
+    return mask
+
+
+def importance(task, mask):
+    """{node: the loss if it alone is deleted, less the circuit's} of the kept nodes."""
+    loss = task.loss(mask)
+    return {int(n): task.loss(mask.without([n])) - loss for n in np.flatnonzero(mask.nodes)}
+
+
+def minor_groups(task, mask, effect):
+    """The nodes of less than a tenth of the largest importance, in connected groups, [[node]]: by
+    an edge, a channel of the residual stream, or as neighbours in a head. effect: `importance`."""
+    cfg, model = task.model.cfg, task.model
+    minor = {n for n in effect if effect[n] < 0.1 * max(effect.values())}
+    links = node_links(mask, model)
+    for i, head in heads_of(mask, cfg):
+        nodes = head_nodes(mask, cfg, f"h{i}", head)
+        links += zip(nodes, nodes[1:])
+    group = {n: {n} for n in minor}
+    for a, b in links:
+        if a in minor and b in minor and group[a] is not group[b]:
+            group[a] |= group[b]
+            group |= dict.fromkeys(group[b], group[a])
+    return [sorted(nodes) for nodes in {id(g): g for g in group.values()}.values()]
+
+
+def disconnected_nodes(mask, model, prompts):
+    """The kept nodes without a path of links from a token of the prompts, or without one to the
+    logits; towards these, a head's query and key channels lead to its values."""
+    cfg, p, nodes, fed, used = model.cfg, model.params, mask.nodes, set(), set()
+    tokens = (sg.to_host(p["wte"])[np.unique(prompts.ids)] != 0).any(0)
+    if "wpe" in p:
+        tokens |= (sg.to_host(p["wpe"]) != 0).any(0)
+    for site, part in node_slices(cfg).items():
+        if link(site) == "reads":
+            fed.update(part.start + np.flatnonzero(nodes[part] & tokens))
+    final = node_slices(cfg)["final"]
+    read = (sg.to_host(sg.unembedding(p)) != 0).any(1)
+    used.update(final.start + np.flatnonzero(nodes[final] & read))
+    links = node_links(mask, model)
+    for a, b in sorted(links):  # in the order of computation
+        if a in fed:
+            fed.add(b)
+    for i, head in heads_of(mask, cfg):
+        own = head_nodes(mask, cfg, f"h{i}", head)
+        values = [n for n in own if n >= node_slices(cfg)[f"h{i}.{HEADS[-1]}"].start]
+        links += itertools.product(own[:len(own) - len(values)], values)
+    for b, a in sorted(((b, a) for a, b in links), reverse=True):
+        if b in used:
+            used.add(a)
+    return np.array([n for n in np.flatnonzero(nodes) if not (n in fed and n in used)], np.int64)
+
+
+# =================================================================================================
+# Part II: what the method stands on
+# =================================================================================================
 
 # ---- nodes and edges ----------------------------------------------------------------------------
-# Nodes are numbered in the order of computation; a vector over all of them is "by node".
+# How they are wired is read off sparsegpt.SITES and sparsegpt.MATRICES.
+
+HEADS = ("q", "k", "v")  # the sites that attention reads; it has an output for each channel of v
+
 
 @functools.cache
 def node_slices(cfg):
     """{site: slice of the node numbers of its channels}, h0.attn_in first, final last."""
     out, start = {}, 0
-    for site in [f"h{i}.{s}" for i in range(cfg.n_layer) for s in sg.SITES] + ["final"]:
-        width = 4 * cfg.d_model if site.endswith("neuron") else cfg.d_model
-        out[site] = slice(start, start + width)
-        start += width
+    widths = {f"h{i}.{name}": site.width for i in range(cfg.n_layer)
+              for name, site in sg.SITES.items()}
+    for site, width in (widths | {"final": 1}).items():
+        out[site] = slice(start, start + width * cfg.d_model)
+        start = out[site].stop
     return out
 
 
 def n_nodes(cfg):
     """The number of nodes of a model."""
     return node_slices(cfg)["final"].stop
+
+
+def link(site):
+    """How a site's channels come about: see sparsegpt.Site."""
+    return "reads" if site == "final" else sg.SITES[site.partition(".")[2]].link
 
 
 def node_name(node, cfg):
@@ -79,9 +525,10 @@ def node_number(name, cfg):
     """The number of the node with a name. Raises UserError if the model has no such node."""
     site, _, channel = name.rpartition(".")
     part = node_slices(cfg).get(site)
-    if part is None or channel not in map(str, range(part.stop - part.start)):
-        raise sg.UserError(f"no node {name!r}; a node is a site and a channel, as in h0.neuron.17 "
-                           f"or final.3; the sites are {', '.join(node_slices(cfg))}")
+    if part is None or not re.fullmatch("0|[1-9][0-9]{0,8}", channel) or (
+            int(channel) >= part.stop - part.start):
+        raise sg.UserError(f"no node {name[:60]!r}; a node is a site and a channel, as in "
+                           "h0.neuron.17 or final.3; the sites are " + ", ".join(node_slices(cfg)))
     return part.start + int(channel)
 
 
@@ -93,26 +540,23 @@ def nodes_named(name, cfg):
     return [node_number(name, cfg)]
 
 
-class Matrix(NamedTuple):
+class Wires(NamedTuple):
     """A matrix whose weights are edges: the name of its bias, and the node numbers of its rows and
-    of its columns. The columns of wqkv are q, k and v, side by side."""
+    of its columns."""
     bias: str
-    source: slice
-    target: slice
+    source: np.ndarray
+    target: np.ndarray
 
 
 @functools.cache
 def matrices(cfg):
-    """{parameter: Matrix}, in the order of computation."""
-    slices, out = node_slices(cfg), {}
-    for i in range(cfg.n_layer):
-        h = f"h{i}."
-        qkv = slice(slices[h + "q"].start, slices[h + "v"].stop)
-        out[h + "attn.wqkv"] = Matrix(h + "attn.bqkv", slices[h + "attn_in"], qkv)
-        out[h + "attn.wo"] = Matrix(h + "attn.bo", slices[h + "v"], slices[h + "attn_out"])
-        out[h + "mlp.wfc"] = Matrix(h + "mlp.bfc", slices[h + "mlp_in"], slices[h + "neuron"])
-        out[h + "mlp.wproj"] = Matrix(h + "mlp.bproj", slices[h + "neuron"], slices[h + "mlp_out"])
-    return out
+    """{parameter: Wires}, in the order of computation."""
+    def nodes(sites):
+        return np.concatenate([np.r_[node_slices(cfg)[site]] for site in sites])
+
+    return {f"h{i}.{name}": Wires(f"h{i}.{m.bias}", nodes([f"h{i}.{m.reads}"]),
+                                  nodes([f"h{i}.{site}" for site in m.writes]))
+            for i in range(cfg.n_layer) for name, m in sg.MATRICES.items()}
 
 
 class CircuitMask(NamedTuple):
@@ -165,20 +609,32 @@ def heads_of(mask, cfg):
 
 def head_nodes(mask, cfg, block, head):
     """The kept q, k and v channels of a head, by number. block: as in h0."""
-    starts = [node_slices(cfg)[f"{block}.{site}"].start + head * cfg.d_head for site in "qkv"]
+    starts = [node_slices(cfg)[f"{block}.{site}"].start + head * cfg.d_head for site in HEADS]
     channels = np.concatenate([np.arange(start, start + cfg.d_head) for start in starts])
     return channels[mask.nodes[channels]].tolist()
 
 
 def residual_links(mask, cfg):
-    """[(writer, reader)] of the kept nodes at one channel of the residual stream, by number."""
-    links, writers = [], defaultdict(list)
-    for site, part in node_slices(cfg).items():
-        for channel in np.flatnonzero(mask.nodes[part]):
-            if site.endswith(("_in", "final")):
-                links += [(writer, int(part.start + channel)) for writer in writers[channel]]
-            elif site.endswith("_out"):
-                writers[channel].append(int(part.start + channel))
+    """[(from, to)] of the kept nodes at one channel of the residual stream, which one adds to and
+    the other reads; or of a site that is made of another's channels. By number."""
+    links, writers, slices = [], defaultdict(list), node_slices(cfg)
+    for site, part in slices.items():
+        kind, made_of = link(site), slices.get(f"{site.partition('.')[0]}.{link(site)}")
+        for c in np.flatnonzero(mask.nodes[part]).tolist():
+            if kind == "reads":
+                links += [(writer, part.start + c) for writer in writers[c]]
+            elif kind == "adds":
+                writers[c].append(part.start + c)
+            elif made_of and mask.nodes[made_of][c]:
+                links.append((made_of.start + c, part.start + c))
+    return links
+
+
+def node_links(mask, model):
+    """[(from, to)] of the kept nodes that are joined by an edge or by `residual_links`."""
+    links, wires = residual_links(mask, model.cfg), matrices(model.cfg)
+    for name, i, j in edge_list(kept_edges(mask, model.params, model.cfg)):
+        links.append((int(wires[name].source[i]), int(wires[name].target[j])))
     return links
 
 
@@ -206,6 +662,20 @@ def make_prompts(model, task, n, seed, split="eval", labels="true"):
     return prompts
 
 
+def own_prompt(model, text, answers=None):
+    """The Prompts of one prompt of one's own, with the tokens that decide between two answers, or
+    with zeros in their place. Raises UserError on an unusable one."""
+    ids, two = [model.tok.EOT, *model.tok.encode(text)], (0, 0)
+    try:
+        if answers:
+            ids, *two = tasks.deciding_tokens(model.tok, text, *answers)
+        if len(ids) > model.cfg.n_ctx:
+            raise ValueError(f"{len(ids)} tokens exceed the context of {model.cfg.n_ctx}")
+    except ValueError as e:
+        raise sg.UserError(f"{text[:60]!r}: {e}") from e
+    return tasks.Prompts(*(np.array([x]) for x in (ids, len(ids) - 1, *two, 1)))
+
+
 def margins(logits, prompts):
     """The right logit minus the wrong one: float64 [n] from [n, V]."""
     rows = np.arange(len(logits))
@@ -217,58 +687,7 @@ def logistic(margin):
     return float(np.logaddexp(0, -margin).mean())
 
 
-# ---- running a circuit --------------------------------------------------------------------------
-
-class Ablation:
-    """A hook for `sparsegpt.forward`: kept nodes pass, the others are frozen.
-
-    AbsTopK chooses among the kept nodes alone, so a circuit computes with nothing but its own
-    nodes. nodes: bool by node. frozen: values by node, or {site: [N, C]} with one for each token.
-    After a backward pass, `grad` is by node the gradient of the loss by a number m in
-    m x + (1 - m) frozen, where x is the value that the node has, or would have if it were kept.
-    """
-
-    def __init__(self, nodes, frozen, cfg):
-        self.slices, self.saved = node_slices(cfg), {}
-        if not isinstance(frozen, dict):
-            frozen = sg.xp.asarray(frozen, cfg.dtype)
-            frozen = {site: frozen[part] for site, part in self.slices.items()}
-        self.frozen, self.nodes = frozen, sg.xp.asarray(nodes)
-        self.n_kept = {site: int(nodes[part].sum()) for site, part in self.slices.items()}
-        self.grad = sg.xp.zeros(n_nodes(cfg), cfg.dtype)
-
-    def forward(self, site, x, k):
-        xp, kept, active = sg.xp, self.nodes[self.slices[site]], None
-        if k < x.shape[1] and k <= self.n_kept[site]:  # else all kept nodes stay active
-            size = abs(x)
-            mask = sg.topk_mask(size * kept, k)
-            # A deleted node, if it were kept, would have to exceed the least active one.
-            least = xp.where(mask, size * kept, math.inf).min(1, keepdims=True)
-            active = xp.where(kept, mask, size >= least)
-            x = x * active
-        self.saved[site] = x, active
-        return xp.where(kept, x, self.frozen[site])
-
-    def backward(self, site, dx):
-        part, (x, active) = self.slices[site], self.saved.pop(site)
-        self.grad[part] = sg.xp.einsum("nc,nc->c", dx, x - self.frozen[site])
-        dx = dx * self.nodes[part]
-        return dx if active is None else dx * active
-
-
-class Gated(Ablation):
-    """An Ablation in which those of the kept nodes are active that are so in the full model. seen:
-    the values of its nodes, of a Recorder."""
-
-    def __init__(self, nodes, frozen, cfg, seen):
-        super().__init__(nodes, frozen, cfg)
-        self.seen = seen
-
-    def forward(self, site, x, k):
-        if k < x.shape[1]:
-            x = x * (self.seen[site] != 0)
-        return sg.xp.where(self.nodes[self.slices[site]], x, self.frozen[site])
-
+# ---- the values of nodes ------------------------------------------------------------------------
 
 class Recorder:
     """A hook that keeps the nodes' values: `seen` is {site: [N, C]}. hook: computes them in place
@@ -283,13 +702,19 @@ class Recorder:
         return x
 
 
+def observe(model, ids, positions=None, hook=None):
+    """A forward pass: (logits, {site: [N, C]} of all nodes, cache)."""
+    recorder = Recorder(hook)
+    logits, cache = sg.forward(model.params, ids, model.cfg, recorder, positions)
+    return logits, recorder.seen, cache
+
+
 def mean_activations(model, ids):
     """The mean of every node over all tokens of ids [n, T], by node, in the full model with its
     AbsTopK (paper A.5)."""
     def sums(i):
-        total, record = np.zeros(n_nodes(model.cfg)), Recorder()
-        sg.forward(model.params, ids[i:i + 4], model.cfg, record)
-        for site, x in record.seen.items():
+        total = np.zeros(n_nodes(model.cfg))
+        for site, x in observe(model, ids[i:i + 4])[1].items():
             total[node_slices(model.cfg)[site]] = sg.to_host(sg.xp.ones(len(x), x.dtype) @ x)
         return total
 
@@ -299,55 +724,43 @@ def mean_activations(model, ids):
 
 def activations(model, prompt):
     """{site: [T, C]} of every node of the full model on one prompt, <start> first."""
-    record = Recorder()
-    sg.forward(model.params, ask.own_prompt(model, prompt).ids, model.cfg, record)
-    return {site: sg.to_host(x) for site, x in record.seen.items()}
+    _, seen, _ = observe(model, own_prompt(model, prompt).ids)
+    return {site: sg.to_host(x) for site, x in seen.items()}
 
 
-def resample(model, prompts, text, rng):
+def resampled(model, prompts, text, rng):
     """{site: [N, C]}: the values of every node, position by position, in the full model on windows
     of text [n, T], one drawn for each prompt."""
-    record, (B, T) = Recorder(), prompts.ids.shape
-    windows = text[rng.choice(len(text), B)][:, :T]
-    sg.forward(model.params, windows, model.cfg, record, prompts.last)
-    return record.seen
+    B, T = prompts.ids.shape
+    return observe(model, text[rng.choice(len(text), B)][:, :T], prompts.last)[1]
 
 
 def attention_weights(cache, block):
     """[B, H, T, T + 1] on the host, the sink's share last, from the cache of a forward pass."""
-    _, _, _, weights, sink_share, _ = cache[f"h{block}.attention"]
+    _, _, _, (weights, sink_share), *_ = cache[f"h{block}.attention"]
     return sg.to_host(sg.xp.concatenate([weights, sink_share], axis=3))
 
 
-def delete_weights(w, b, frozen, deleted):  # [in, out], [out], [in], bool [in, out]
+# ---- running a circuit --------------------------------------------------------------------------
+
+def delete_weights(w, b, frozen_values, deleted):  # [in, out], [out], [in], bool [in, out]
     """(w, b) of a matrix with some weights deleted: they are 0, and what they give for frozen
     inputs is in the bias."""
     gone = w * deleted
-    return w - gone, b + frozen @ gone
-
-
-def effective_bias(model, mask, frozen):
-    """{node: its bias plus all that frozen inputs give} of the kept nodes that have a bias; of
-    attn_out as if no head looked at its sink, which gives nothing."""
-    out, edges = {}, kept_edges(mask, model.params, model.cfg)
-    for name, m in matrices(model.cfg).items():
-        w, b = (sg.to_host(model.params[x]).astype(np.float64) for x in (name, m.bias))
-        _, b = delete_weights(w, b, frozen[m.source], ~edges[name])
-        out |= {m.target.start + int(j): float(b[j]) for j in np.flatnonzero(mask.nodes[m.target])}
-    return out
+    return w - gone, b + frozen_values @ gone
 
 
 class PlainRunner:
     """Runs circuits of a model on fixed prompts: the whole model, with a hook that freezes nodes.
     This is the definition of a circuit, and of its losses. Searches run the same, faster.
 
-    frozen: by node. text, rng: deleted nodes take values on other text instead, which is a
-    stronger ablation, as these can mislead. Deleted edges stay frozen at `frozen`.
+    frozen_values: by node. text, rng: deleted nodes take values on other text instead, which is a
+    stronger ablation, as these can mislead. Deleted edges stay frozen at `frozen_values`.
     """
 
-    def __init__(self, model, frozen, prompts, text=None, rng=None):
-        self.model, self.frozen, self.parts = model, frozen, prompts.parts()
-        self.values = [frozen if text is None else resample(model, part, text, rng)
+    def __init__(self, model, frozen_values, prompts, text=None, rng=None):
+        self.model, self.frozen_values, self.parts = model, frozen_values, prompts.parts()
+        self.values = [frozen_values if text is None else resampled(model, part, text, rng)
                        for _, part in self.parts]
 
     def params(self, mask):
@@ -358,7 +771,7 @@ class PlainRunner:
         for name, m in matrices(self.model.cfg).items():
             deleted = np.outer(mask.nodes[m.source], mask.nodes[m.target]) & ~mask.edges[name]
             out[name], out[m.bias] = delete_weights(
-                out[name], out[m.bias], sg.xp.asarray(self.frozen[m.source]),
+                out[name], out[m.bias], sg.xp.asarray(self.frozen_values[m.source]),
                 sg.xp.asarray(deleted))
         return out
 
@@ -380,75 +793,77 @@ class PlainRunner:
 class FastRunner(PlainRunner):
     """The numbers of PlainRunner, to rounding, about 30 times as fast for 24 nodes of 5,888. It is
     the same forward pass, with the kept rows and columns of the matrices alone, and a hook that
-    returns arrays of kept channels.
+    returns arrays of kept channels. Raises ValueError on wiring that this does not fit.
 
     A head is live if it has a kept node that matters: a kept channel reads the head, or AbsTopK
     compares the node with those of other heads. All channels of a live head are run, the frozen
     ones from their bias. What the other heads write, the idle ones, depends on the position alone.
     """
 
-    def __init__(self, model, frozen, prompts):
-        super().__init__(model, frozen, prompts)
-        cfg, p = model.cfg, model.params
-        self.host, self.idle = {name: sg.to_host(w) for name, w in p.items()}, {}
-        for i in range(cfg.n_layer):  # outputs of all heads by position [n_ctx, C], nodes frozen
-            h = f"h{i}."
-            qkv = sg.xp.asarray(frozen[matrices(cfg)[h + "attn.wqkv"].target])
+    def __init__(self, model, frozen_values, prompts):
+        super().__init__(model, frozen_values, prompts)
+        cfg, p, slices, self.idle = model.cfg, model.params, node_slices(model.cfg), {}
+        self.host = {name: sg.to_host(w) for name, w in p.items()}
+        if other := [name for name, site in sg.SITES.items()
+                     if site.link not in ("reads", "adds", "")]:
+            raise ValueError(f"{other[0]} is made of {sg.SITES[other[0]].link}")
+        [self.out] = [name for name, m in sg.MATRICES.items() if m.reads == HEADS[-1]]
+        for h in (f"h{i}." for i in range(cfg.n_layer)):
+            # Outputs of all heads by position [n_ctx, C], with all nodes frozen.
+            qkv = (sg.xp.tile(sg.xp.asarray(frozen_values[slices[h + site]]), (cfg.n_ctx, 1))
+                   for site in HEADS)
             self.idle[h] = sg.to_host(sg.attention(
-                sg.xp.tile(qkv, (cfg.n_ctx, 1)), p.get(h + "attn.sink"),
-                p.get(h + "attn.relbias"), 1, cfg.d_head)[0])
+                *qkv, p.get(h + "attn.sink"), p.get(h + "attn.relbias"), 1, cfg.d_head)[0])
 
-    def sliced(self, mask, name, columns):
+    def sliced(self, mask, h, name, columns):
         """(w [in, columns], b) of a matrix, without the weights of deleted nodes and edges: see
         `delete_weights`."""
-        m = matrices(self.model.cfg)[name]
-        deleted = ~mask.nodes[m.source, None]
-        if name.endswith("wo"):  # frozen values still pass through attention
-            deleted = np.zeros_like(deleted)
+        m, kept = matrices(self.model.cfg)[h + name], mask.nodes[node_slices(
+            self.model.cfg)[h + sg.MATRICES[name].reads], None]
+        # Frozen values of heads still pass through attention.
+        deleted = np.zeros_like(kept) if name == self.out else ~kept
         if mask.edges is not None:
-            deleted = deleted | (mask.nodes[m.source, None] & ~mask.edges[name][:, columns])
-        return delete_weights(self.host[name][:, columns], self.host[m.bias][columns],
-                              self.frozen[m.source], deleted)
+            deleted = deleted | (kept & ~mask.edges[h + name][:, columns])
+        return delete_weights(self.host[h + name][:, columns], self.host[m.bias][columns],
+                              self.frozen_values[m.source], deleted)
 
     def live_channels(self, mask, h):
         """Bool [C]: the channels of a block's live heads; at least one head, as attention needs
         one."""
-        cfg = self.model.cfg
-        q, k, v, out = (mask.nodes[node_slices(cfg)[h + x]] for x in ("q", "k", "v", "attn_out"))
+        cfg, wires = self.model.cfg, matrices(self.model.cfg)[h + self.out]
+        q, k, v = (mask.nodes[node_slices(cfg)[h + site]] for site in HEADS)
         compared = max(x.sum() for x in (q, k, v)) > cfg.n_active(cfg.d_model)
-        matters = (self.host[h + "attn.wo"][:, out] != 0).any(1) | compared
-        live = np.array([q | k | v, matters]).reshape(2, -1, cfg.d_head).any(2).all(0)
+        read = (self.host[h + self.out][:, mask.nodes[wires.target]] != 0).any(1)
+        live = np.array([q | k | v, read | compared]).reshape(2, -1, cfg.d_head).any(2).all(0)
         live[0] |= not live.any()
         return np.repeat(live, cfg.d_head)
 
     def params(self, mask):
         """The kept rows and columns of the parameters, with frozen inputs in the biases. Beside
         them, for the hook: {site: where its kept channels stand in x}, and what idle heads write
-        by position, h0.idle [n_ctx, kept attn_out]."""
-        cfg, slices, p = self.model.cfg, node_slices(self.model.cfg), {}
-        kept = {site: mask.nodes[channels] for site, channels in slices.items()}
+        by position, h0.idle [n_ctx, kept channels]."""
+        cfg, slices, p = self.model.cfg, node_slices(self.model.cfg), dict(self.host)
+        kept = {site: mask.nodes[part] for site, part in slices.items()}
         for h in (f"h{i}." for i in range(cfg.n_layer)):
             live = self.live_channels(mask, h)
-            columns = np.flatnonzero(np.tile(live, 3))
-            w, b = self.sliced(mask, h + "attn.wqkv", columns)
-            alive = np.concatenate([kept[h + x][live] for x in "qkv"])
-            frozen = np.concatenate([self.frozen[slices[h + x]][live] for x in "qkv"])
-            p[h + "attn.wqkv"] = w[kept[h + "attn_in"]] * alive
-            p[h + "attn.bqkv"] = np.where(alive, b, frozen)
-            p |= {name: self.host[name][live[::cfg.d_head]]
-                  for name in (h + "attn.sink", h + "attn.relbias") if name in self.host}
-            w, p[h + "attn.bo"] = self.sliced(mask, h + "attn.wo",
-                                              np.flatnonzero(kept[h + "attn_out"]))
-            p[h + "attn.wo"], p[h + "idle"] = w[live], self.idle[h][:, ~live] @ w[~live]
-            for name, ins, outs in (("fc", "mlp_in", "neuron"), ("proj", "neuron", "mlp_out")):
-                w, p[f"{h}mlp.b{name}"] = self.sliced(mask, f"{h}mlp.w{name}",
-                                                      np.flatnonzero(kept[h + outs]))
-                p[f"{h}mlp.w{name}"] = w[kept[h + ins]]
-            kept |= {h + x: kept[h + x][live] for x in "qkv"}
-        w, p["head.b"] = delete_weights(self.host["head.w"], self.host["head.b"],
-                                        self.frozen[slices["final"]], ~kept["final"][:, None])
-        p["head.w"] = w[kept["final"]]
-        p = {name: sg.xp.asarray(x, cfg.dtype) for name, x in (self.host | p).items()}
+            run = {site: live if site in HEADS else kept[h + site] for site in sg.SITES}
+            for name, m in sg.MATRICES.items():
+                wires = matrices(cfg)[h + name]
+                columns = np.flatnonzero(np.concatenate([run[site] for site in m.writes]))
+                w, b = self.sliced(mask, h, name, columns)
+                if name == self.out:
+                    p[h + "idle"] = self.idle[h][:, ~live] @ w[~live]
+                target = wires.target[columns]
+                p[h + name] = w[run[m.reads]] * mask.nodes[target]
+                p[wires.bias] = np.where(mask.nodes[target], b, self.frozen_values[target])
+            p |= {name: p[name][live[::cfg.d_head]]
+                  for name in (h + "attn.sink", h + "attn.relbias") if name in p}
+            kept |= {h + site: kept[h + site][live] for site in HEADS}
+        if "head.w" in p:  # else it is tied to the embedding, and takes all channels
+            w, p["head.b"] = delete_weights(p["head.w"], p["head.b"], self.frozen_values[
+                slices["final"]], ~kept["final"][:, None])
+            p["head.w"] = w[kept["final"]]
+        p = {name: sg.xp.asarray(x, cfg.dtype) for name, x in p.items()}
         return p | {site: sg.xp.asarray(np.flatnonzero(x)) for site, x in kept.items()}
 
     def hook(self, mask, params, part, values):
@@ -466,408 +881,88 @@ class FastRunner(PlainRunner):
 class KeptChannels:
     """The hook of FastRunner for one part of its prompts. params: see `FastRunner.params`."""
 
-    def __init__(self, cfg, params, part, frozen):
-        self.slices, self.params, self.part, self.frozen = node_slices(cfg), params, part, frozen
+    def __init__(self, cfg, params, part, frozen_values):
+        self.slices, self.params, self.part = node_slices(cfg), params, part
+        self.frozen_values = frozen_values
+        self.adding = {f"h{i}.{site}": f"h{i}.idle" for i in range(cfg.n_layer)
+                       for m in sg.MATRICES.values() if m.reads == HEADS[-1] for site in m.writes}
 
     def forward(self, site, x, k):
-        xp, (h, _, kind), columns = sg.xp, site.rpartition("."), self.params[site]
-        if kind == "neuron":
-            return sg.abstopk(x, k)[0]
-        if kind in ("attn_in", "mlp_in", "final"):
-            return sg.abstopk(x[:, columns], k)[0]
-        if kind in ("q", "k", "v"):  # where x has all channels of the live heads
+        xp, (_, _, kind), columns = sg.xp, site.partition("."), self.params[site]
+        if kind in HEADS:  # where x has all channels of the live heads
             if k < len(columns):
                 x = x.copy()
                 x[:, columns] = sg.abstopk(x[:, columns], k)[0]
             return x
-        if kind == "attn_out":
-            last, T = xp.asarray(self.part.last), self.part.ids.shape[1]
-            position = last if len(x) == len(last) else xp.arange(len(x)) % T
-            x = x + self.params[h + ".idle"][position]
-        out = xp.empty((len(x), self.slices["final"].stop - self.slices["final"].start), x.dtype)
-        out[...] = xp.asarray(self.frozen[self.slices[site]])
-        out[:, columns] = sg.abstopk(x, k)[0]
+        if link(site) == "reads":
+            x = x[:, columns]
+        if site in self.adding:
+            x = x + self.params[self.adding[site]][xp.arange(len(x)) % self.part.ids.shape[1]]
+        x = sg.abstopk(x, k)[0]
+        if link(site) != "adds" and not (site == "final" and "head.w" not in self.params):
+            return x
+        frozen = xp.asarray(self.frozen_values[self.slices[site]])
+        out = xp.empty((len(x), len(frozen)), x.dtype)
+        out[...] = frozen
+        out[:, columns] = x
         return out
 
 
-def agree(model, frozen, prompts):
+def agree(model, frozen_values, prompts):
     """Compare the fast runner with the plain one on four random circuits, in float64, as rounding
     can change what AbsTopK keeps. Raises RuntimeError, with the first site that differs."""
     cfg, rng = dataclasses.replace(model.cfg, dtype="float64"), np.random.default_rng(0)
     params = {name: w.astype(float) for name, w in model.params.items()}
-    model, frozen = model._replace(params=params, cfg=cfg), frozen.astype(float)
+    model, frozen_values = model._replace(params=params, cfg=cfg), frozen_values.astype(float)
     few = prompts.rows(np.arange(min(4, len(prompts.last))))
-    runners = [kind(model, frozen, few) for kind in (PlainRunner, FastRunner)]
+    runners = [kind(model, frozen_values, few) for kind in (PlainRunner, FastRunner)]
+    of_heads = {site for m in sg.MATRICES.values() if m.reads == HEADS[-1] for site in m.writes}
     # Shares of kept nodes. In the last circuit, no kept channel reads some heads.
-    for share, attn_out in (0.05, 0.05), (0.3, 0.3), (0.9, 0.9), (0.9, 0.02):
+    for share, reading in (0.05, 0.05), (0.3, 0.3), (0.9, 0.9), (0.9, 0.02):
         mask = CircuitMask(np.concatenate([
-            rng.random(part.stop - part.start) < (attn_out if "attn_out" in site else share)
+            rng.random(part.stop - part.start) < (
+                reading if site.partition(".")[2] in of_heads else share)
             for site, part in node_slices(cfg).items()]))
         mask = mask._replace(edges={name: kept & (rng.random(kept.shape) < 0.8) for name, kept in
                                     kept_edges(mask, params, cfg).items()})
         seen = []
         for runner in runners:
             (_, part), p = runner.parts[0], runner.params(mask)
-            record = Recorder(runner.hook(mask, p, part, frozen))
-            logits, _ = sg.forward(p, part.ids, cfg, record, part.last)
-            seen.append({site: x for site, x in record.seen.items() if site.endswith("_out")}
+            hook = runner.hook(mask, p, part, frozen_values)
+            logits, values, _ = observe(model._replace(params=p), part.ids, part.last, hook)
+            seen.append({site: x for site, x in values.items() if link(site) == "adds"}
                         | {"the unembedding": logits})
         for site, plain in seen[0].items():
             error = float(abs(plain - seen[1][site]).max())
             if not error <= 1e-8 * (1 + float(abs(plain).max())):
-                raise RuntimeError(f"it is off by {error:.2g}, first at {site}")
+                raise RuntimeError(f"it is off, first at {site}")
 
 
-def quickest(model, frozen, prompts):
+def quickest(model, frozen_values, prompts):
     """A FastRunner if it agrees with the model as it runs, else a PlainRunner."""
     try:
-        agree(model, frozen, prompts)
-        return FastRunner(model, frozen, prompts)
+        agree(model, frozen_values, prompts)
+        return FastRunner(model, frozen_values, prompts)
     except Exception as e:  # it may fail in any way
-        print(f"FastRunner does not fit the forward pass ({type(e).__name__}: {e}); circuits are "
-              "tried with the model itself, about 30 times slower", file=sys.stderr)
-        return PlainRunner(model, frozen, prompts)
+        say_once(f"FastRunner does not fit the forward pass ({type(e).__name__}: {e}); circuits "
+                 "are tried with the model itself, about 30 times slower")
+        return PlainRunner(model, frozen_values, prompts)
 
 
-# ---- the search ---------------------------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides a search. Raises UserError on a wrong value."""
-    target: float = 0.15     # binary loss in nats that the circuit may have
-    ablation: str = "mean"   # what deleted nodes are frozen at: mean, zero, or resample
-    runs: int = 1            # mask trainings; one more, to half the goal, if all fell short
-    steps: int = 400         # of each
-    pairs: int = 8           # prompt pairs a step
-    search_pairs: int = 64   # pairs that the loss is measured on; masks see twice as many
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.ablation not in ("mean", "zero", "resample"):
-            raise sg.UserError(f"ablation must be mean, zero or resample, not {self.ablation!r}")
-        for name, low, high in (("target", 0.0001, 0.69), ("runs", 1, 9), ("steps", 1, 100_000),
-                                ("pairs", 1, 1000), ("search_pairs", 1, 1000),
-                                ("seed", 0, 1 << 31)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float) if name == "target" else int) or (
-                    not low <= value <= high):  # nor is NaN
-                raise sg.UserError(f"--{name} must be from {low} to {high}, not {value!r}")
-
-    def limit(self):
-        """(loss, what it is) up to which checks of a loss pass: chance proves nothing."""
-        return min((2 * self.target, "twice the target"), (0.35, "half of chance"))
+@functools.cache
+def say_once(line):
+    """Print a line on stderr, once in a process."""
+    print(line, file=sys.stderr)
 
 
-# k_coef (loss per node kept), rate and temperature of the runs, in the order of their use.
-TRIALS = ((1e-3, 0.03, 1.0), (1e-3, 0.01, 1.0), (1e-3, 0.03, 0.3))
-TOO_LARGE = 2000  # edges that are not cleaned: thousands of trials, a tenth of a second each
-
-
-class PruningTask:
-    """A model and a task to find circuits for: the prompts, and the values of deleted nodes.
-
-    Masks are learned on `pool`. Losses are measured on `judged`, the first half of it. Nothing is
-    chosen by the held-out prompts. labels: see `make_prompts`.
-    """
-
-    def __init__(self, model, frozen, name, settings, labels="true"):
-        self.model, self.frozen, self.name, self.settings = model, frozen, name, settings
-        self.text = model.text if settings.ablation == "resample" else None
-        self.pool = make_prompts(model, name, 2 * settings.search_pairs, settings.seed,
-                                 labels=labels)
-        n = len(self.pool.last)
-        self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
-        self.held = make_prompts(model, name, settings.search_pairs, settings.seed, "held")
-        self.losses = {}  # by a digest of the mask
-        self.runner = quickest(model, frozen, self.judged) if self.text is None else PlainRunner(
-            model, frozen, self.judged, self.text, np.random.default_rng(settings.seed))
-
-    def frozen_for(self, prompts, rng):
-        """The values of deleted nodes in one run on some prompts."""
-        return self.frozen if self.text is None else resample(self.model, prompts, self.text, rng)
-
-    def loss(self, mask):
-        """The binary loss of a mask. It is remembered: cleaning asks for many of them twice."""
-        kept = mask.nodes, *(mask.edges or {}).values()
-        key = hashlib.sha256(b"".join(np.packbits(x).tobytes() for x in kept)).digest()
-        if key not in self.losses:
-            self.losses[key] = logistic(margins(self.runner.logits(mask), self.judged))
-        return self.losses[key]
-
-    def full_loss(self):
-        """The binary loss of the full model."""
-        return self.loss(every_node(self.model.cfg))
-
-    def size(self, mask):
-        """(nodes, edges) of a mask: the numbers that are reported."""
-        edges = kept_edges(mask, self.model.params, self.model.cfg)
-        return int(mask.nodes.sum()), int(sum(kept.sum() for kept in edges.values()))
-
-
-def shared_masks(cfg):
-    """The number of the mask of every node: a query channel and its key channel share one."""
-    mask, slices = np.arange(n_nodes(cfg)), node_slices(cfg)
-    for i in range(cfg.n_layer):
-        mask[slices[f"h{i}.k"]] = mask[slices[f"h{i}.q"]]
-    return np.unique(mask, return_inverse=True)[1].reshape(-1)
-
-
-def gradient(model, prompts, nodes, frozen):
-    """(binary loss, its gradient by every node's mask) of prompts."""
-    hook = Ablation(nodes, frozen, model.cfg)
-    logits, cache = sg.forward(model.params, prompts.ids, model.cfg, hook, prompts.last)
-    logits, rows = sg.to_host(logits), np.arange(len(prompts.last))
-    margin, dlogits = margins(logits, prompts), np.zeros_like(logits)
-    slope = np.exp(-np.logaddexp(0, margin)) / len(rows)  # the wrong answer's probability
-    dlogits[rows, prompts.right], dlogits[rows, prompts.wrong] = -slope, slope
-    sg.backward(sg.xp.asarray(dlogits), cache, model.cfg, weights=False)
-    return logistic(margin), sg.to_host(hook.grad).astype(np.float64)
-
-
-def learn_masks(task, k_coef, lr, temperature, seed, progress, target):
-    """Train a mask over nodes; returns (nodes from most to least needed, tau by node).
-
-    A node is kept where its tau >= 0; the gradient passes as that of a sigmoid (paper A.5). AdamW,
-    gradient norm at most 1, rate falling to 0, tau held to [-1, 1]. Nodes are ranked by tau; those
-    at 1 by importance, the average estimated loss increase if removed. k_coef, the cost of a node,
-    rises while the loss is under `target` and falls while it is over: the right cost differs ten
-    times between tasks, and a wrong one gives circuits that are far too large, or useless.
-    """
-    s, model = task.settings, task.model
-    rng, mask = np.random.default_rng([s.seed, *seed]), shared_masks(model.cfg)
-    count = np.bincount(mask)  # nodes of each mask
-    tau = rng.normal(0.1, 0.01, len(count))
-    m, v, importance = np.zeros_like(tau), np.zeros_like(tau), np.zeros_like(tau)
-    n_pairs, smooth = len(task.pool.last) // 2, target
-    for step in range(s.steps):
-        pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
-        batch = task.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
-        loss, by_node = gradient(model, batch, (tau >= 0)[mask], task.frozen_for(batch, rng))
-        by_mask = np.bincount(mask, by_node)
-        importance = 0.95 * importance - 0.05 * by_mask
-        smooth = 0.9 * smooth + 0.1 * loss
-        k_coef = max(1e-5, k_coef * math.exp(0.05 * (1 - min(2, smooth / target))))
-        soft = 1 / (1 + np.exp(-tau / temperature))
-        g = (by_mask + k_coef * count) * soft * (1 - soft) / temperature
-        g /= max(1, math.sqrt(g @ g))
-        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-        move = m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
-        tau = np.clip(tau - lr * (1 - step / s.steps) * (move + 1e-3 * tau), -1, 1)
-        progress("learning masks", step + 1, s.steps,
-                 f"loss {loss:.3f}, {count[tau >= 0].sum()} nodes, ")
-    rank = np.empty(len(tau), np.int64)
-    rank[np.lexsort((-importance, -tau))] = np.arange(len(tau))
-    return np.argsort(rank[mask], kind="stable"), tau[mask]
-
-
-def rank_by_attribution(task):
-    """Nodes by the estimated loss increase if each is removed: gradient x (activation - frozen
-    value). Learned masks are compared with this baseline."""
-    nodes, rng = every_node(task.model.cfg).nodes, np.random.default_rng(0)
-    increase = sum(-gradient(task.model, part, nodes, task.frozen_for(part, rng))[1] * len(index)
-                   for index, part in task.pool.parts())
-    return np.argsort(-increase, kind="stable")
-
-
-def top_nodes(order, n):
-    """The mask of the first n nodes of an order."""
-    nodes = np.zeros(len(order), bool)
-    nodes[order[:n]] = True
-    return CircuitMask(nodes)
-
-
-def bisect(order, good, guess=0):
-    """The mask of the fewest first nodes of an order for which `good` holds, or None if it does
-    not hold for all of them. Bisection assumes that more nodes never hurt, which is nearly true.
-    So it first looks at `guess` nodes, those of a learned mask, and doubles from there."""
-    low, high, middle = -1, len(order), min(guess, len(order) - 1)
-    while high - low > 1:
-        if good(top_nodes(order, middle)):
-            high = middle
-        else:
-            low = middle
-        middle = (low + high) // 2 if high < len(order) else min(2 * low + 1, high - 1)
-    return top_nodes(order, high) if high < len(order) or good(top_nodes(order, high)) else None
-
-
-def delete_greedily(mask, items, loss, target, progress, stage, loss_without):
-    """The mask without every item that it can do without: none that is left can go alone.
-
-    Items are tried in passes, in the order of the loss without each (kept in `loss_without`, from
-    when it was last tried alone). They go in groups that double where the loss stays within the
-    target, and are halved where it does not. The last pass tries every item that is left.
-    """
-    left = items(mask)
-    new = [item for item in left if item not in loss_without]
-    for i, item in enumerate(new):
-        loss_without[item] = loss(mask.without([item]))
-        progress(stage, i + 1, len(new))
-    left.sort(key=loss_without.get)
-    if len(new) == len(left):  # those that have just failed alone can wait for the next pass
-        left = [item for item in left if loss_without[item] <= target]
-    while left:
-        i, size, deleted = 0, 1, False
-        while i < len(left):
-            group = left[i:i + size]
-            value = loss(trial := mask.without(group))
-            if value <= target:
-                mask, deleted, i, size = trial, True, i + len(group), 2 * size
-            elif len(group) > 1:
-                size = len(group) // 2
-            else:
-                loss_without[group[0]], i = value, i + 1
-            progress(stage, i, len(left))
-        left = sorted(items(mask), key=loss_without.get) if deleted else []
-    return mask
-
-
-def disconnected_nodes(mask, model, prompts):
-    """The kept nodes without a path of edges from a token of the prompts, or without one to the
-    logits. Between blocks a path follows a channel of the residual stream; a head's query and key
-    channels lead to its values."""
-    cfg, slices, nodes = model.cfg, node_slices(model.cfg), mask.nodes
-    edges, writers = kept_edges(mask, model.params, cfg), ("wo", "wproj")
-    stream = (sg.to_host(model.params["wte"])[np.unique(prompts.ids)] != 0).any(0)
-    if cfg.positions == "learned":
-        stream |= (sg.to_host(model.params["wpe"]) != 0).any(0)
-    fed, used = np.zeros_like(nodes), np.zeros_like(nodes)
-    for name, m in matrices(cfg).items():  # forward: what can depend on a token
-        if not name.endswith(writers):
-            fed[m.source] = stream
-        fed[m.target] |= (edges[name] & fed[m.source][:, None]).any(0)
-        if name.endswith(writers):
-            stream = stream | fed[m.target]
-    fed[slices["final"]] = stream
-    used[slices["final"]] = (sg.to_host(model.params["head.w"]) != 0).any(1)
-    stream = used[slices["final"]] & nodes[slices["final"]]
-    for name, m in reversed(matrices(cfg).items()):  # backward: what the logits can depend on
-        if name.endswith(writers):
-            used[m.target] = stream
-        used[m.source] |= (edges[name] & used[m.target]).any(1)
-        if name.endswith("wo"):
-            h = name.split(".")[0]
-            heads = (used[m.source] & nodes[m.source]).reshape(-1, cfg.d_head).any(1)
-            used[slices[f"{h}.q"]] = used[slices[f"{h}.k"]] = np.repeat(heads, cfg.d_head)
-        elif not name.endswith("wproj"):  # a reader of the residual stream
-            stream = stream | (used[m.source] & nodes[m.source])
-    return np.flatnonzero(nodes & ~(fed & used))
-
-
-def importance(task, mask):
-    """{node: the loss if it alone is deleted, less the circuit's} of the kept nodes."""
-    loss = task.loss(mask)
-    return {int(n): task.loss(mask.without([n])) - loss for n in np.flatnonzero(mask.nodes)}
-
-
-def minor_groups(task, mask, effect):
-    """The nodes of less than a tenth of the largest importance, in connected groups, [[node]]: by
-    an edge, a channel of the residual stream, or as neighbours in a head. effect: `importance`."""
-    cfg, model = task.model.cfg, task.model
-    minor = {n for n in effect if effect[n] < 0.1 * max(effect.values())}
-    links = residual_links(mask, cfg)
-    for name, i, j in edge_list(kept_edges(mask, model.params, cfg)):
-        m = matrices(cfg)[name]
-        links.append((m.source.start + i, m.target.start + j))
-    for i, head in heads_of(mask, cfg):
-        nodes = head_nodes(mask, cfg, f"h{i}", head)
-        links += zip(nodes, nodes[1:])
-    group = {n: {n} for n in minor}
-    for a, b in links:
-        if a in minor and b in minor and group[a] is not group[b]:
-            group[a] |= group[b]
-            group |= dict.fromkeys(group[b], group[a])
-    return [sorted(nodes) for nodes in {id(g): g for g in group.values()}.values()]
-
-
-class SearchResult(NamedTuple):
-    """What a search ends with. mask: None if no ranking reached the target."""
-    mask: CircuitMask | None
-    loss: float
-    stages: list  # size and loss after each
-
-
-def training_target(target, full):
-    """The loss that masks are trained to, for a target and the full model's loss: midway. Masks
-    that are trained to nearly the target end over it about half of the time. Their ranking may
-    then need all nodes, and differs more between seeds: see docs/defaults.md. A control, whose
-    full model is over the target, is treated like a task that the model does perfectly."""
-    return (target + (full if full < target else 0)) / 2
-
-
-def search(task, progress, seed=0):
-    """Find a small circuit: learn masks, take the fewest nodes by rank, clean nodes and edges.
-
-    The runs differ in hyperparameters and seed; the one with the fewest edges at the target is
-    cleaned. The same settings and seed give the same circuit.
-    """
-    s, best, best_loss, stages = task.settings, None, math.inf, []
-
-    def stage(name, mask):
-        nodes, edges = task.size(mask)
-        stages.append(dict(stage=name, nodes=nodes, edges=edges, loss=task.loss(mask)))
-
-    goal, i, short = training_target(s.target, task.full_loss()), 0, True
-    while i < s.runs or (short and i == s.runs):
-        k_coef, lr, temperature = TRIALS[i % len(TRIALS)]
-        order, tau = learn_masks(task, k_coef, lr, temperature, [seed, i], progress,
-                                 goal / 2 if i == s.runs else goal)
-        learned, i = CircuitMask(tau >= 0), i + 1
-        mask = bisect(order, lambda m: task.loss(m) <= s.target, int(learned.nodes.sum()))
-        loss, size = task.loss(learned), mask and task.size(mask)
-        best_loss = min(best_loss, loss)
-        # All masks so far fell short, and their ranking needs far too many nodes.
-        short = short and s.target < loss < 3 * s.target and (
-            mask is None or mask.nodes.sum() > 2 * learned.nodes.sum())
-        if mask is not None and (best is None or size[::-1] < best[0][::-1]):
-            best = size, mask, learned
-    if best is None:
-        return SearchResult(None, best_loss, stages)
-    _, mask, learned = best
-    stage("learned masks", learned)
-    stage("fewest by rank", mask)
-    mask = clean(task, mask, stage, progress)
-    return SearchResult(mask, task.loss(mask), stages)
-
-
-def clean(task, mask, stage, progress):
-    """The mask without every node and edge that can go alone, one after another, until none can,
-    and without disconnected nodes and groups of minor ones if the loss allows. A circuit of over
-    TOO_LARGE edges stays as it is."""
-    model, target = task.model, task.settings.target
-    if task.size(mask)[1] > TOO_LARGE:
-        stage("not cleaned: too large", mask)
-        return mask
-
-    def nodes(m):
-        return np.flatnonzero(m.nodes).tolist()
-
-    def nodes_and_edges(m):
-        return nodes(m) + edge_list(kept_edges(m, model.params, model.cfg))
-
-    mask = mask._replace(edges=kept_edges(mask, model.params, model.cfg))
-    mask = delete_greedily(mask, nodes, task.loss, target, progress, "cleaning nodes", {})
-    stage("nodes cleaned", mask)
-    size, loss_without = None, {}
-    while task.size(mask) != size:
-        size = task.size(mask)
-        mask = delete_greedily(mask, nodes_and_edges, task.loss, target, progress,
-                               "cleaning edges", loss_without)
-        groups = minor_groups(task, mask, importance(task, mask))
-        for group in (disconnected_nodes(mask, model, task.pool), *groups):
-            if len(group) and task.loss(mask.without(group)) <= target:
-                mask = mask.without(group)
-    stage("edges cleaned", mask)
-    return mask
-
-
-# ---- a model and its tasks ----------------------------------------------------------------------
+# ---- a model, its control and its circuits ------------------------------------------------------
 
 def fingerprint(model):
     """16 hex digits that name a model: of its parameters and merges."""
-    digest = hashlib.sha256(json.dumps(model.tok.merges).encode())
-    for name in sg.shapes(model.cfg):
-        digest.update((sg.to_host(model.params[name]) + 0).tobytes())  # a file has no -0
-    return digest.hexdigest()[:16]
+    found = hashlib.sha256(json.dumps(model.tok.merges).encode())
+    for name in sorted(model.params):
+        found.update((sg.to_host(model.params[name]) + 0).tobytes())  # a file has no -0
+    return found.hexdigest()[:16]
 
 
 def shuffled(model, seed=0):
@@ -883,52 +978,562 @@ def shuffled(model, seed=0):
 
 
 class ModelContext:
-    """A model, and what its tasks share: its fingerprint, and the values of deleted nodes, frozen,
-    by node."""
+    """A model, and what its tasks share: its fingerprint, and the values of deleted nodes."""
 
     def __init__(self, model, ablation="mean"):
         self.model, self.ablation, self.fingerprint = model, ablation, fingerprint(model)
-        self.frozen = np.zeros(n_nodes(model.cfg), model.cfg.dtype) if ablation == "zero" else (
-            mean_activations(model, model.text))
+        values, _ = ABLATIONS["mean" if ablation == "resample" else ablation]
+        self.frozen_values = np.asarray(values(model), model.cfg.dtype)
 
 
 @dataclasses.dataclass
 class Circuit:
-    """A task's circuit. record: all that is saved, printed and drawn, whatever mask is set."""
+    """A task's circuit. report: all that is saved, printed and drawn, whatever mask is set."""
     task: str
     settings: Settings
     mask: CircuitMask
-    record: dict
+    report: dict
 
     @property
     def nodes(self):
         """The names of its nodes, in the order of computation."""
-        return [node["name"] for node in self.record["nodes"]]
+        return [node["name"] for node in self.report["nodes"]]
 
     @property
     def edges(self):
         """[(name, name, weight)] of its edges."""
-        return [(e["from"], e["to"], e["weight"]) for e in self.record["edges"]]
+        return [(e["from"], e["to"], e["weight"]) for e in self.report["edges"]]
+
+    def add(self, check):
+        """Put a check that has ended in the place of that which was not run."""
+        checks = self.report["checks"]
+        checks[[c["name"] for c in checks].index(check["name"])] = check
 
     def is_of(self, model):
-        """Whether it is of this model's weights, merges and config, but for newer Config fields."""
-        record, config = self.record["model"], dataclasses.asdict(model.cfg)
-        return record["fingerprint"] == fingerprint(model) and all(
-            config[name] == value for name, value in record["config"].items()
+        """Whether it is of this model's weights, merges and config. Config fields that are newer
+        than its file are not compared, as long as the parameters have the same shapes."""
+        saved, config = self.report["model"], dataclasses.asdict(model.cfg)
+        return saved["fingerprint"] == fingerprint(model) and (
+            sg.shapes(sg.Config(**saved["config"])) == sg.shapes(model.cfg)) and all(
+            config[name] == value for name, value in saved["config"].items()
             if name not in ("threads", "out"))
 
-    def run(self, model, prompts):
+    def logits(self, model, prompts):
         """Its logits at the deciding positions of Prompts, [n, V]. Raises UserError on a model
         that is not its own."""
         if not self.is_of(model):
             raise sg.UserError(f"the circuit of {self.task} is of another model")
-        frozen = ModelContext(model, self.settings.ablation).frozen
-        return PlainRunner(model, frozen, prompts).logits(self.mask)
+        values = ModelContext(model, self.settings.ablation).frozen_values
+        return PlainRunner(model, values, prompts).logits(self.mask)
 
 
-def on_cores(fn, items, workers):
-    """fn(item) of every item as they are done, in `workers` processes. Raises UserError if these
-    end too early.
+def measured(context, task, mask):
+    """What a circuit's report says of its model, and `verify` computes again: losses of the full
+    model and of the circuit, by PlainRunner, its links, sizes and means."""
+    cfg, losses = task.model.cfg, {"full": {}, "circuit": {}}
+    for split, prompts in (("search", task.judged), ("held", task.held)):
+        runner = PlainRunner(task.model, context.frozen_values, prompts)
+        for name, which in (("full", every_node(cfg)), ("circuit", mask)):
+            losses[name][split] = tasks.score(runner.logits(which), prompts)._asdict()
+    links, (nodes, edges) = connections(task.model, mask, task.pool), task.size(mask)
+    all_nodes, all_edges = task.size(every_node(cfg))
+    return dict(
+        links, losses=losses, prompts=dict(search=len(task.judged.last), held=len(task.held.last)),
+        size=dict(nodes=nodes, edges=edges, model_nodes=all_nodes, model_edges=all_edges,
+                  embed=len(links["embed"]), unembed=len(links["unembed"])),
+        nodes=[dict(name=node_name(n, cfg), mean=float(context.frozen_values[n]))
+               for n in np.flatnonzero(mask.nodes)])
+
+
+def make_circuit(context, task, result):
+    """The Circuit of a SearchResult, with all that is printed and drawn of it but its checks."""
+    model, cfg, s = context.model, context.model.cfg, task.settings
+    mask = result.mask._replace(edges=kept_edges(result.mask, model.params, cfg))
+    report, kept = measured(context, task, mask), np.flatnonzero(mask.nodes)
+    bias, effect = effective_bias(model, mask, task.frozen_values), importance(task, mask)
+    for n, node, reading in zip(kept, report["nodes"], node_readings(context, task, kept)):
+        node |= dict(importance=effect[n], bias=bias.get(n), **reading)
+    shortest = np.argmin(task.pool.last.reshape(-1, 2).max(1))
+    pair = task.pool.rows(2 * shortest + np.arange(2))
+    example, heads = pair_readings(model, mask, task.frozen_values, pair,
+                                   attention_overlap(task, mask))
+    ranked = bisect(rank_by_attribution(task), lambda m: task.loss(m) <= s.target)
+    groups = [dict(nodes=[node_name(n, cfg) for n in group],
+                   effect=task.loss(mask.without(group)) - task.loss(mask))
+              for group in minor_groups(task, mask, effect)]
+    return Circuit(task.name, s, mask, dict(
+        report, doc=tasks.title(task.name), stages=result.stages, groups=groups, heads=heads,
+        model=dict(path=cfg.out, fingerprint=context.fingerprint, config=dataclasses.asdict(cfg)),
+        attribution=dict(zip(("nodes", "edges"), task.size(ranked))), example=example, seeds=1,
+        checks=[verdict(name, None, "not run") for name in CHECKS]))
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+CONTROLS = ("nonsense task", "inverted task", "shuffled weights")
+CHECKS = ("held-out prompts", "necessity", "resampled ablation", "full model's AbsTopK",
+          "attention", *CONTROLS, "other seeds")
+
+
+def verdict(name, passed, text, **numbers):
+    """One check of a circuit: passed is True, False, or None where it does not apply."""
+    if name in CONTROLS:
+        numbers = {"edges": None} | numbers
+    return dict(name=name, passed=None if passed is None else bool(passed), text=text,
+                **{k: None if v is None else float(v) for k, v in numbers.items()})
+
+
+def loss_check(settings, name, loss, text):
+    """A check that a loss passes up to `Settings.limit`."""
+    limit, why = settings.limit()
+    return verdict(name, loss <= limit, f"{text} (pass: at most {limit:.2f}, {why})", loss=loss)
+
+
+def checks_of(circuit, task, results):
+    """The checks of a circuit, each as it ends: those of its own, then for each of the results,
+    (key, SearchResult) of other searches, what it shows."""
+    seeds, size = [], task.size(circuit.mask)
+    yield check_held_out(circuit)
+    yield check_necessity(task, circuit.mask)
+    yield check_resampled(task, circuit.mask)
+    yield check_gated(task, circuit.mask)
+    yield check_attention(circuit)
+    for key, result in results:
+        if key in CONTROLS:
+            yield check_control(key, result, size, circuit.settings.target)
+        else:
+            seeds.append(result)
+    if seeds:
+        circuit.report["seeds"] = 1 + len(seeds)
+        yield check_seeds(seeds, circuit.mask)
+
+
+def check_held_out(circuit):
+    """The loss on prompts of other words and shapes."""
+    full, own = (circuit.report["losses"][x]["held"]["binary"] for x in ("full", "circuit"))
+    return loss_check(circuit.settings, "held-out prompts", own, "other words and larger shapes: "
+                      f"loss {own:.3f}, full model {full:.3f}")
+
+
+def check_necessity(task, mask):
+    """Only the circuit's nodes deleted, beside as many random nodes at the same sites."""
+    rng, loss, other = np.random.default_rng(0), task.loss(CircuitMask(~mask.nodes)), []
+    for _ in range(10):
+        random = [rng.permutation(mask.nodes[part])
+                  for part in node_slices(task.model.cfg).values()]
+        other.append(task.loss(CircuitMask(~np.concatenate(random))))
+    other.sort()
+    passed = loss > max(0.35, other[-2]) if mask.nodes.any() else None
+    return verdict("necessity", passed, f"full model without the circuit's "
+                   f"{mask.nodes.sum()} nodes: loss {loss:.3f}; without as many random nodes at "
+                   f"the same sites: {other[0]:.3f} to {other[-1]:.3f} (pass: above 0.35 nats "
+                   "(half of chance) and above 9 of 10 random draws)", loss=loss,
+                   random=other[-2], median=np.median(other))
+
+
+def check_resampled(task, mask):
+    """Deleted nodes take the values that they have on other text."""
+    rng, losses = np.random.default_rng(2), []
+    for _ in range(4):
+        runner = PlainRunner(task.model, task.frozen_values, task.judged, task.model.text, rng)
+        losses.append(logistic(margins(runner.logits(mask), task.judged)))
+    loss = float(np.mean(losses))
+    return loss_check(task.settings, "resampled ablation", loss, "deleted nodes at their values on "
+                      f"random training text: mean loss of 4 draws {loss:.3f}, {min(losses):.3f} "
+                      f"to {max(losses):.3f}")
+
+
+def check_gated(task, mask):
+    """AbsTopK takes its winners in the full model, not among the kept nodes alone."""
+    model, margin = task.model, np.zeros(len(task.judged.last))
+    params = PlainRunner(model, task.frozen_values, task.judged).params(mask)
+    for index, part in task.judged.parts():
+        _, seen, _ = observe(model, part.ids, part.last)
+        hook = Ablation(mask.nodes, task.frozen_values, model.cfg, seen)
+        logits, _ = sg.forward(params, part.ids, model.cfg, hook, part.last)
+        margin[index] = margins(sg.to_host(logits), part)
+    loss = logistic(margin)
+    return loss_check(task.settings, "full model's AbsTopK", loss, "only nodes that are active in "
+                      f"the full model are: loss {loss:.3f}")
+
+
+def attention_overlap(task, mask):
+    """{(block, head): share}: how much of its attention each head of the circuit puts where it
+    does in the full model, the mean over all positions of the prompts."""
+    cfg, shared = task.model.cfg, defaultdict(list)
+    params = PlainRunner(task.model, task.frozen_values, task.judged.rows([0, 1])).params(mask)
+    for _, part in task.judged.parts():
+        _, full = sg.forward(task.model.params, part.ids, cfg)
+        _, own = sg.forward(params, part.ids, cfg, Ablation(mask.nodes, task.frozen_values, cfg))
+        for i, head in heads_of(mask, cfg):
+            both = np.minimum(*(attention_weights(cache, i)[:, head] for cache in (full, own)))
+            shared[i, head].append(both.sum(-1)[part.inside()])
+    return {head: float(np.concatenate(x).mean()) for head, x in shared.items()}
+
+
+def check_attention(circuit):
+    """Whether its heads look where they do in the full model: see `attention_overlap`."""
+    heads = circuit.report["heads"]
+    if not heads:
+        return verdict("attention", None, "the circuit has no attention head")
+    lowest, text = min(head["overlap"] for head in heads), ", ".join(
+        f"{head['name']} {head['overlap']:.0%}" for head in heads)
+    return verdict("attention", lowest >= 0.8, f"shared with the full model's pattern: {text} "
+                   "(pass: from 80% each)", overlap=lowest)
+
+
+def check_control(name, result, size, target):
+    """A search that should find nothing as small as the circuit."""
+    if result.mask is None:
+        return verdict(name, True, f"the same search did not reach the target of {target:g}; its "
+                       f"best loss was {result.loss:.3f}", loss=result.loss, nodes=None)
+    last = result.stages[-1]
+    note = " (not cleaned)" * ("not cleaned" in last["stage"])
+    return verdict(name, last["edges"] > 2 * size[1], f"the same search found {last['nodes']} "
+                   f"nodes and {last['edges']} edges{note}; the circuit has {size[0]} and "
+                   f"{size[1]} (pass: more than twice its edges)", loss=result.loss,
+                   edges=last["edges"], nodes=last["nodes"])
+
+
+def check_seeds(others, mask):
+    """How many nodes the circuits of other mask seeds share with the first."""
+    shared, notes = [], []
+    for other in others:
+        both, either = mask.nodes & other.mask.nodes, mask.nodes | other.mask.nodes
+        shared.append(both.sum() / either.sum() if either.any() else 1.0)
+        notes.append(f"{other.stages[-1]['nodes']} nodes and {other.stages[-1]['edges']} edges, "
+                     f"{shared[-1]:.0%} of both circuits' nodes are shared")
+    return verdict("other seeds", min(shared) >= 0.5, "; ".join(notes) + " (pass: from 50%)",
+                   overlap=min(shared))
+
+
+# ---- readings of nodes, edges and heads ---------------------------------------------------------
+
+def token(model, i):
+    """A token id as text on one line."""
+    return "<start>" if i == model.tok.EOT else sg.one_line(model.tok.decode([int(i)]))
+
+
+def values_of(seen, nodes, cfg):
+    """The values of some nodes [N, n], from what a Recorder has seen."""
+    return np.concatenate([sg.to_host(seen[site]) for site in node_slices(cfg)], 1)[:, nodes]
+
+
+def extremes(model, values, ids, n=4):
+    """{"high": [[text before, token, value]], "low": ...}: the tokens with the largest and the
+    smallest of values [B, T]. NaN marks positions that do not count."""
+    out = {}
+    for side, sign in (("high", -1), ("low", 1)):
+        rows, order = {}, np.argsort(sign * values, axis=None, kind="stable")  # NaN comes last
+        for b, t in zip(*np.unravel_index(order, values.shape)):
+            if len(rows) == n or np.isnan(values[b, t]):
+                break
+            if ids[b, t] not in rows:
+                before = "".join(token(model, i) for i in ids[b, max(0, t - 6):t])
+                value = round(float(values[b, t]), 4)
+                rows[ids[b, t]] = [before[-24:], token(model, ids[b, t]), value]
+        out[side] = list(rows.values())
+    return out
+
+
+def node_readings(context, task, nodes):
+    """[{"task": extremes, "text": extremes}] of some nodes in the full model: on the task's
+    prompts and on training text."""
+    model, pool, out = context.model, task.pool, [{} for _ in nodes]
+    for kind, ids, valid in (("task", pool.ids, pool.inside()), ("text", model.text, True)):
+        parts = (ids[i:i + 4] for i in range(0, len(ids), 4))  # small, as all nodes are recorded
+        values = np.concatenate([values_of(observe(model, part)[1], nodes, model.cfg)
+                                 for part in parts]).reshape(*ids.shape, len(nodes))
+        for i, reading in enumerate(out):
+            reading[kind] = extremes(model, np.where(valid, values[..., i], np.nan), ids)
+    return out
+
+
+def effective_bias(model, mask, frozen_values):
+    """{node: its bias plus all that frozen inputs give} of the kept nodes that one matrix writes;
+    of what heads write, as if no head looked at its sink, which gives nothing."""
+    out, edges = {}, kept_edges(mask, model.params, model.cfg)
+    for name, m in matrices(model.cfg).items():
+        w, b = (sg.to_host(model.params[x]).astype(np.float64) for x in (name, m.bias))
+        _, b = delete_weights(w, b, frozen_values[m.source], ~edges[name])
+        for j in np.flatnonzero(mask.nodes[m.target]):
+            out[m.target[j]] = None if m.target[j] in out else float(b[j])
+    return out
+
+
+def connections(model, mask, prompts):
+    """{"edges" | "residual" | "embed" | "unembed": links} of a circuit: its edges; the pairs of
+    nodes of `residual_links`; and at channels of the residual stream the nonzero embeddings of
+    tokens that differ within a pair, and the nonzero unembeddings of answers."""
+    cfg, p, out = model.cfg, model.params, dict(edges=[], residual=[], embed=[], unembed=[])
+    for name, i, j in edge_list(mask.edges):
+        m = matrices(cfg)[name]
+        ends = (node_name(n, cfg) for n in (m.source[i], m.target[j]))
+        out["edges"].append(dict(zip(("from", "to", "matrix", "weight"),
+                                     (*ends, name, float(p[name][i, j])))))
+    counts = np.array([np.bincount(ids[:end + 1], minlength=cfg.vocab_size)
+                       for ids, end in zip(prompts.ids, prompts.last)])
+    cues = np.flatnonzero((counts[::2] != counts[1::2]).any(0))
+    answers = np.unique([prompts.right, prompts.wrong])
+    out["residual"] = [{"from": node_name(a, cfg), "to": node_name(b, cfg)}
+                       for a, b in residual_links(mask, cfg)]
+    for name in (node_name(n, cfg) for n in np.flatnonzero(mask.nodes)):
+        site, channel = name.rsplit(".", 1)
+        if link(site) == "reads":
+            column = p["wte"][:, int(channel)]
+            out["embed"] += [{"token": token(model, i), "to": name, "weight": float(column[i])}
+                             for i in cues if column[i] != 0]
+        if site == "final":
+            row = sg.unembedding(p)[int(channel)]
+            out["unembed"] += [{"from": name, "token": token(model, i), "weight": float(row[i])}
+                               for i in answers if row[i] != 0]
+    return out
+
+
+def pair_readings(model, mask, frozen_values, pair, overlap):
+    """(example, heads) of a circuit's run on one pair of prompts (Prompts of two rows).
+
+    example: {"prompts", "answers", "margins", "values": {node: [value by token, of each prompt]}}.
+    heads: what each head of overlap, {(block, head): attention shared with the full model},
+    attends to from the deciding positions; "rows" is its whole pattern in percent, a row for each
+    token with its shares of the tokens up to there, and the rest in the sink.
+    """
+    cfg, params = model.cfg, PlainRunner(model, frozen_values, pair).params(mask)
+    kept, hook = np.flatnonzero(mask.nodes), Ablation(mask.nodes, frozen_values, model.cfg)
+    logits, seen, cache = observe(model._replace(params=params), pair.ids, hook=hook)
+    logits = sg.to_host(logits)[np.arange(len(pair.last)), pair.last]
+    prompts = [[token(model, i) for i in ids[:end + 1]] for ids, end in zip(pair.ids, pair.last)]
+    values = values_of(seen, kept, cfg).reshape(*pair.ids.shape, len(kept))
+    values = {node_name(n, cfg): [[round(float(x), 3) for x in row[:len(tokens), i]]
+                                  for row, tokens in zip(values, prompts)]
+              for i, n in enumerate(kept)}
+    heads = []
+    for (i, head), share in overlap.items():
+        attends = []
+        for tokens, weights in zip(prompts, attention_weights(cache, i)[:, head]):
+            w = weights[len(tokens) - 1]  # past the last token there is only the sink
+            to = [[[*tokens, "sink"][min(t, len(tokens))], round(float(w[t]), 3)]
+                  for t in np.argsort(-w, kind="stable")[:4] if w[t] >= 0.01]
+            rows = [np.rint(100 * weights[t, :t + 1]).astype(int).tolist()
+                    for t in range(len(tokens))]
+            attends.append(dict(context="".join(tokens[1:]), at=tokens[-1], to=to, rows=rows))
+        sink, table = (model.params.get(f"h{i}.attn.{name}") for name in ("sink", "relbias"))
+        bias = np.zeros(0) if table is None else sg.to_host(table[head])[:pair.ids.shape[1]]
+        nodes = [node_name(n, cfg) for n in head_nodes(mask, cfg, f"h{i}", head)]
+        heads.append(dict(name=f"h{i}.head.{head}", nodes=nodes,
+                          attends=attends, sink=None if sink is None else float(sink[head]),
+                          distances=[[int(d), float(bias[d])] for d in np.argsort(-bias)[:3]],
+                          overlap=share))
+    margin = [round(float(x), 3) for x in margins(logits, pair)]
+    return dict(prompts=prompts, answers=[token(model, i) for i in pair.right], margins=margin,
+                values=values), heads
+
+
+# ---- the print-out ------------------------------------------------------------------------------
+# It is made from a circuit's report, without the model.
+
+LEGEND = """<-, -> edges with weights (tokens and answers are not counted); == the same channel of
+the residual stream, to which tokens and blocks add. ␣ a space. Deleted: frozen at {}.
+importance: the loss if this node is deleted too, less the circuit's. values: on
+the two prompts, at the token (from the end) where they differ most; of final at the last one."""
+CHECKS_HEAD = "checks, then the same search where there should be no circuit"
+
+
+def listing(circuit, verbose=False):
+    """A circuit as text: `portrait`, then its checks."""
+    lines = (check_text(c, verbose) for c in circuit.report["checks"])
+    return "\n".join([portrait(circuit, verbose), "", CHECKS_HEAD, *lines])
+
+
+def portrait(circuit, verbose=False):
+    """A circuit without its checks as text: task, size, losses, then its nodes and edges in the
+    order of computation. verbose: all stages and nodes, and tokens with high and low values."""
+    r, size, example = circuit.report, circuit.report["size"], circuit.report["example"]
+    lines = textwrap.wrap(f"{circuit.task}: {r['doc']}", 99, subsequent_indent="    ")
+    lines += [f"    prompt {i}: {''.join(tokens[1:])}    answer: {sg.one_line(answer, '␣')}"
+              for i, (tokens, answer) in enumerate(zip(example["prompts"], example["answers"]), 1)]
+    lines += ["{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
+              "Ranking nodes by attribution takes ".format(**size)
+              + "{nodes:,} and {edges:,}.".format(**r["attribution"]),
+              f"{'loss in nats':<14}" + "".join(
+                  f" {f'{n} {name} prompts':^26}  "
+                  for name, n in zip(("search", "held-out"), r["prompts"].values())),
+              f"{'':<14}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
+    for key, name in (("full", "full model"), ("circuit", "circuit")):
+        splits = (r["losses"][key][split] for split in ("search", "held"))
+        lines.append(f"{name:<14}" + "".join(
+            f" {s['binary']:8.4f} {s['full']:8.4f} {s['accuracy']:8.1%}  " for s in splits))
+    lines.append(f"{'target':<14} {circuit.settings.target:8.4f} (chance: {math.log(2):.4f})")
+    if verbose:
+        lines += ["not counted: biases, {embed} embeddings of tokens that differ in a pair, "
+                  "{unembed} unembeddings of answers".format(**size), "",
+                  "search" + f"{'nodes':>25} {'edges':>8} {'loss':>8}"]
+        lines += [f"    {s['stage']:<20} {s['nodes']:>6,} {s['edges']:>8,} {s['loss']:8.4f}"
+                  for s in r["stages"]]
+    legend = LEGEND.format(ABLATIONS[circuit.settings.ablation][1])
+    return "\n".join([*lines, "", *textwrap.wrap(legend, 99)]) + "\n\n" + (
+        "\n\n" if verbose else "\n").join("\n".join(block) for block in blocks(circuit, verbose))
+
+
+def check_text(check, verbose=False):
+    """A check as a line."""
+    mark = {True: "passed", False: "FAILED", None: "-"}[check["passed"]]
+    text = check["text"] if verbose or check["passed"] is None else amount(check)
+    return f"    {mark:<7} {check['name']}: {text}"
+
+
+def amount(check):
+    """The number that a check goes by."""
+    if check.get("overlap") is not None:
+        return f"{check['overlap']:.0%}"
+    if "edges" in check:
+        return "none" if check["edges"] is None else f"{check['edges']:.0f} edges"
+    return f"{check['loss']:.2f}"
+
+
+def check_line(checks):
+    """The checks on one line: how many passed, and which did not, with their numbers."""
+    failed = [f"{c['name']} {amount(c)}" for c in checks if c["passed"] is False]
+    return f"checks: passed {sum(c['passed'] is True for c in checks)}" + (
+        f", FAILED {len(failed)}: {', '.join(failed)}" if failed else "")
+
+
+def control_line(checks):
+    """What the same search needs where there should be no circuit, on one line."""
+    edges = [f"{c['name'].removesuffix(' task')} {amount(c).removesuffix(' edges')}"
+             for c in checks if c["name"] in CONTROLS and c["passed"] is not None]
+    return f"controls (edges; none or far more is good): {', '.join(edges) or 'not run'}"
+
+
+def packed(items, wide=99):
+    """Lines of items, two spaces apart and indented."""
+    lines = []
+    for item in items:
+        if lines and len(lines[-1]) + len(item) + 2 <= wide:
+            lines[-1] += f"  {item}"
+        else:
+            lines.append(f"    {item}")
+    return lines
+
+
+def wire_texts(report, most=3):
+    """({node: what leads to it}, {node: what it leads to}), as texts. Of a node's embeddings at
+    most the `most` heaviest; a matrix is named where several join two sites."""
+    before, after, tokens = defaultdict(list), defaultdict(list), defaultdict(list)
+    joining = defaultdict(set)  # (site, site): matrices
+    for e in report["edges"]:
+        ends = e["from"].rpartition(".")[0], e["to"].rpartition(".")[0]
+        joining[ends].add(e["matrix"])
+        by = f" by {e['matrix']}" if len(joining[ends]) > 1 else ""
+        before[e["to"]].append(f"<- {e['from']} {e['weight']:+.2f}{by}")
+        after[e["from"]].append(f"-> {e['to']} {e['weight']:+.2f}{by}")
+    for e in report["residual"]:
+        before[e["to"]].append(f"== {e['from']}")
+    for e in sorted(report["embed"], key=lambda e: -abs(e["weight"])):
+        tokens[e["to"]].append(f"{sg.one_line(e['token'], '␣')} {e['weight']:+.2f}")
+    for name, texts in tokens.items():
+        more = f" and {len(texts) - most} more" * (len(texts) > most)
+        before[name].insert(0, f"<- tokens {', '.join(texts[:most])}{more}")
+    asked = report["example"]["answers"]
+    for e in sorted(report["unembed"], key=lambda e: (e["token"] not in asked, -e["weight"])):
+        after[e["from"]].append(f"-> answer {sg.one_line(e['token'], '␣')} {e['weight']:+.2f}")
+    return before, after
+
+
+def head_block(head, verbose):
+    """[line] of a head of a circuit: what it looks at."""
+    fixed = "" if any(n.split(".")[1] == "q" for n in head["nodes"]) else (
+        "; its queries are frozen")
+    lines = [f"{head['name']}  {head['overlap']:.0%} of its attention is where the full model's is"
+             f"{fixed}"]
+    lines += packed(f"end of prompt {i}: looks at " + ", ".join(
+        f"{sg.one_line(t, '␣')} {w:.2f}" for t, w in a["to"][:3])
+        for i, a in enumerate(head["attends"], 1))
+    if verbose:
+        sink = "none" if head["sink"] is None else f"{head['sink']:+.2f}"
+        lines.append(f"    logits: sink {sink}" + "".join(
+            f", {d} back {x:+.2f}" for d, x in head["distances"]))
+    return lines
+
+
+def blocks(circuit, verbose):
+    """[[line]]: a block for each head and node of a circuit in the order of computation. Without
+    verbose, nodes of less than a tenth of the largest importance are one block."""
+    report, out = circuit.report, []
+    before, after = wire_texts(report)
+    heads = {head["nodes"][0]: head for head in report["heads"]}  # by their first nodes
+    largest = max((node["importance"] for node in report["nodes"]), default=0)
+    minor = [node["name"] for node in report["nodes"] if node["importance"] < 0.1 * largest]
+    for node in report["nodes"]:
+        name, values = node["name"], report["example"]["values"][node["name"]]
+        if name in heads:
+            out.append(head_block(heads[name], verbose))
+        if name in minor and not verbose:
+            continue
+        back = 1 if name.rpartition(".")[0] == "final" else max(
+            range(1, 1 + min(map(len, values))), key=lambda t: abs(values[0][-t] - values[1][-t]))
+        tokens = " | ".join(dict.fromkeys(
+            sg.one_line(p[-back], "␣") for p in report["example"]["prompts"]))
+        block = [f"{name:<16} importance {node['importance']:6.3f}   values "
+                 f"{values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
+        block += packed(before[name] + after[name])
+        if verbose:
+            bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"
+            block.append(f"    bias and frozen inputs {bias}, {circuit.settings.ablation} "
+                         f"{node['mean']:+.3f}")
+            block += [f"    {kind} {side:<5}" + "   ".join(
+                f"{text}[{t}] {v:+.2f}" for text, t, v in node[kind][side][:3])
+                for kind, side in itertools.product(("task", "text"), ("high", "low"))]
+        out.append(block)
+    if minor and not verbose:
+        out.append([f"and {len(minor)} of less than a tenth of the largest importance"])
+        groups = [g for g in report["groups"] if len(g["nodes"]) > 1]
+        out[-1] += [f"    {len(g['nodes'])} of them, connected, have together {g['effect']:.3f}"
+                    for g in sorted(groups, key=lambda g: -g["effect"])[:3]]
+    return out
+
+
+def next_commands(circuit, flags="", out=""):
+    """Three commands to go on with, a line each. flags, out: those that they need."""
+    nodes, (prompt, _) = circuit.report["nodes"], circuit.report["example"]["prompts"]
+    start = f"\n    python prune.py {circuit.task}{flags}"
+    text = shlex.quote("".join(prompt[1:]).replace("⏎", "\n").replace("⇥", "\t"))
+    lines = f"next:{start}{out} --explain{start}{out} --ask {text}"
+    if nodes:
+        lines += f"{start} --ablate {max(nodes, key=lambda node: node['importance'])['name']}"
+    return lines
+
+
+def summary(rows):
+    """The table of all tasks, as text. rows: {task: (its Circuit or None, why there is none)}."""
+    names = "full circuit held-out nodes edges without nonsense inverted shuffled".split()
+    lines, sizes = [f"{'task':<28}" + "".join(f"{name:>10}" for name in names)], []
+    for task, (circuit, text) in rows.items():
+        if circuit:
+            r, checks = circuit.report, {c["name"]: c for c in circuit.report["checks"]}
+            full, own, size = r["losses"]["full"], r["losses"]["circuit"], r["size"]
+            sizes.append([max(1, size["nodes"]), max(1, size["edges"])])
+            cells = [full["search"]["binary"], own["search"]["binary"], own["held"]["binary"],
+                     size["nodes"], size["edges"], checks["necessity"]["loss"]]
+            cells += ["-" if checks[name]["passed"] is None else
+                      amount(checks[name]).removesuffix(" edges") for name in CONTROLS]
+            text = "".join(f"{x:>10.3f}" if isinstance(x, float) else f"{x:>10}" for x in cells)
+        lines.append(f"{task:<28}{'' if circuit else '  '}{text}")
+    means = [geometric_mean(column) for column in zip(*sizes)] or [0, 0]
+    return "\n".join([
+        *lines, "{} circuits: geometric mean {:.1f} nodes, {:.1f} edges (0 counts as 1)".format(
+            len(sizes), *means),
+        "full, circuit: binary losses in nats on the search prompts; held-out: the circuit's on "
+        "other prompts",
+        "without: the full model's loss without the circuit's nodes",
+        "nonsense, inverted, shuffled: edges that the same search needs for the controls"])
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+def on_cores(fn, items, workers, in_order=True):
+    """fn(item) of every item, in `workers` processes; or as they are done. Raises UserError if
+    these end too early.
 
     Processes, not threads: with arrays so small, these would wait for the interpreter's lock. One
     worker, and a GPU, stay in this process. Under mpirun the first process deals out the items.
@@ -937,20 +1542,20 @@ def on_cores(fn, items, workers):
         from mpi4py.futures import MPICommExecutor
         with MPICommExecutor(sg.processes(), 0) as pool:
             if pool:
-                yield from pool.map(fn, items, unordered=True)
+                yield from pool.map(fn, items, unordered=not in_order)
         return
     if workers == 1 or len(items) < 2 or sg.xp is not np:
         yield from map(fn, items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    with program.signals_blocked():  # also in the process that watches over semaphores
+    with sg.signals_blocked():  # also in the process that watches over semaphores
         pool = futures.ProcessPoolExecutor(min(workers, len(items)), context, start_worker,
                                            [tasks.added])
     before = set(multiprocessing.active_children())
     try:
-        with program.signals_blocked():  # also in the workers, which begin here: they are for us
+        with sg.signals_blocked():  # also in the workers, which begin here: they are for us
             jobs = [pool.submit(fn, item) for item in items]
-        for job in futures.as_completed(jobs):
+        for job in jobs if in_order else futures.as_completed(jobs):
             yield job.result()
     except futures.process.BrokenProcessPool as e:
         raise sg.UserError(
@@ -966,307 +1571,144 @@ def on_cores(fn, items, workers):
 
 def start_worker(added):
     """What a worker process does first. added: files with tasks of one's own."""
-    def end_with_parent():  # nobody is left to take the results
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
     for path in added:
-        tasks.load(path)
+        tasks.add_file(path)
     sg.keep_freed_memory()
-
-
-def run_search(name, job):
-    """(job's name, SearchResult) of a job (name, PruningTask, seed of the masks)."""
-    key, task, seed = job
-    return key, search(task, program.Progress(name and f"{name}, {key}"), seed)
-
-
-def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, shown=True,
-          checks=True):
-    """The Circuit of a task, with its checks (paper 2.2, A.5; the method is at the top).
-
-    context: shared by the tasks of a model. seeds: searches with different mask seeds; the first
-    is reported, the others are compared with it. workers: processes; the result is the same.
-    shown: whether progress is. checks: without, there are no controls or other seeds, and it takes
-    a fifth of the time. Raises CannotPrune if the model cannot do the task, UserError on an
-    unknown task, another context, or values to resample, for which docs/compare.py alone is made.
-    """
-    context = context or ModelContext(model, settings.ablation)
-    if (context.fingerprint, context.ablation) != (fingerprint(model), settings.ablation) or (
-            settings.ablation == "resample"):
-        raise sg.UserError("the context is of another model or ablation, or of resampling")
-    task = PruningTask(model, context.frozen, name, settings)
-    if not (full := task.full_loss()) <= settings.target:  # NaN is neither
-        raise CannotPrune(f"the full model's loss on {name} is {full:.3f}, over the target of "
-                          f"{settings.target:g}")
-    jobs = [("circuit", task, 0)]
-    if checks:
-        control = ModelContext(shuffled(model), settings.ablation)
-        jobs += [("shuffled", PruningTask(control.model, control.frozen, name, settings), 0)]
-        jobs += [(labels, PruningTask(model, context.frozen, name, settings, labels), 0)
-                 for labels in ("nonsense", "inverted")]
-        jobs += [(f"seed {i}", task, i) for i in range(1, seeds)]
-    found = dict(on_cores(functools.partial(run_search, shown and name), jobs, workers))
-    return describe(context, task, found)
-
-
-# ---- checks -------------------------------------------------------------------------------------
-
-def check(name, passed, text, **numbers):
-    """One check of a circuit: passed is True, False, or None where it does not apply."""
-    return dict(name=name, passed=None if passed is None else bool(passed), text=text,
-                **{k: None if v is None else float(v) for k, v in numbers.items()})
-
-
-def random_like(nodes, rng, cfg):
-    """Random nodes, as many at every site as there are in `nodes`; both bool by node."""
-    return np.concatenate([rng.permutation(nodes[part]) for part in node_slices(cfg).values()])
-
-
-def check_necessity(task, mask):
-    """Only the circuit's nodes deleted, beside as many random nodes at the same sites."""
-    rng, loss = np.random.default_rng(0), task.loss(CircuitMask(~mask.nodes))
-    other = sorted(task.loss(CircuitMask(~random_like(mask.nodes, rng, task.model.cfg)))
-                   for _ in range(10))
-    passed = loss > max(0.35, other[-2]) if mask.nodes.any() else None
-    return check("necessity", passed, f"full model without the circuit's "
-                 f"{mask.nodes.sum()} nodes: loss {loss:.3f}; without as many random nodes at the "
-                 f"same sites: {other[0]:.3f} to {other[-1]:.3f} (pass: above 0.35 nats (half of "
-                 "chance) and above 9 of 10 random draws)", loss=loss,
-                 random=other[-2], median=np.median(other))
-
-
-def check_resampled(task, mask, text):
-    """Deleted nodes take the values that they have on other text."""
-    rng, losses = np.random.default_rng(2), []
-    for _ in range(4):
-        runner = PlainRunner(task.model, task.frozen, task.judged, text, rng)
-        losses.append(logistic(margins(runner.logits(mask), task.judged)))
-    (limit, why), loss = task.settings.limit(), float(np.mean(losses))
-    return check("resampled ablation", loss <= limit, "deleted nodes at their values on random "
-                 f"training text: mean loss of 4 draws {loss:.3f}, {min(losses):.3f} to "
-                 f"{max(losses):.3f} (pass: at most {limit:.2f}, {why})", loss=loss)
-
-
-def check_gated(task, mask):
-    """AbsTopK takes its winners in the full model, not among the kept nodes alone."""
-    model, margin = task.model, np.zeros(len(task.judged.last))
-    params = PlainRunner(model, task.frozen, task.judged).params(mask)
-    for index, part in task.judged.parts():
-        record = Recorder()
-        sg.forward(model.params, part.ids, model.cfg, record, part.last)
-        hook = Gated(mask.nodes, task.frozen, model.cfg, record.seen)
-        logits, _ = sg.forward(params, part.ids, model.cfg, hook, part.last)
-        margin[index] = margins(sg.to_host(logits), part)
-    (limit, why), loss = task.settings.limit(), logistic(margin)
-    return check("full model's AbsTopK", loss <= limit, "only nodes that are active in the full "
-                 f"model are: loss {loss:.3f} (pass: at most {limit:.2f}, {why})", loss=loss)
-
-
-def check_control(name, found, size, target):
-    """A search that should find nothing as small as the circuit; None if it was not run."""
-    if found is None:
-        return check(name, None, "not run", edges=None)
-    if found.mask is None:
-        return check(name, True, f"the same search did not reach the target of {target:g}; its "
-                     f"best loss was {found.loss:.3f}", loss=found.loss, edges=None, nodes=None)
-    last = found.stages[-1]
-    note = " (not cleaned)" * ("not cleaned" in last["stage"])
-    return check(name, last["edges"] > 2 * size[1], f"the same search found {last['nodes']} nodes "
-                 f"and {last['edges']} edges{note}; the circuit has {size[0]} and {size[1]} "
-                 "(pass: more than twice its edges)", loss=found.loss, edges=last["edges"],
-                 nodes=last["nodes"])
-
-
-def check_seeds(found, mask):
-    """How many nodes the circuits of other mask seeds share with the first."""
-    others = [result for job, result in found.items() if job.startswith("seed")]
-    if not others:
-        return check("other seeds", None, "not run")
-    shared, notes = [], []
-    for other in others:
-        both, either = mask.nodes & other.mask.nodes, mask.nodes | other.mask.nodes
-        shared.append(both.sum() / either.sum() if either.any() else 1.0)
-        notes.append(f"{other.stages[-1]['nodes']} nodes and {other.stages[-1]['edges']} edges, "
-                     f"{shared[-1]:.0%} of both circuits' nodes are shared")
-    return check("other seeds", min(shared) >= 0.5, "; ".join(notes) + " (pass: from 50%)",
-                 overlap=min(shared))
-
-
-def check_attention(task, mask):
-    """(check, {(block, head): share}): how much of its attention each head of the circuit puts
-    where it does in the full model, the mean over all positions of the prompts."""
-    cfg, shared = task.model.cfg, defaultdict(list)
-    params = PlainRunner(task.model, task.frozen, task.judged.rows([0, 1])).params(mask)
-    for _, part in task.judged.parts():
-        _, full = sg.forward(task.model.params, part.ids, cfg)
-        _, own = sg.forward(params, part.ids, cfg, Ablation(mask.nodes, task.frozen, cfg))
-        for i, head in heads_of(mask, cfg):
-            both = np.minimum(*(attention_weights(cache, i)[:, head] for cache in (full, own)))
-            shared[i, head].append(both.sum(-1)[part.inside()])
-    overlap = {head: float(np.concatenate(x).mean()) for head, x in shared.items()}
-    if not overlap:
-        return check("attention", None, "the circuit has no attention head"), {}
-    text = ", ".join(f"h{i}.head.{head} {x:.0%}" for (i, head), x in overlap.items())
-    lowest = min(overlap.values())
-    return check("attention", lowest >= 0.8, f"shared with the full model's pattern: {text} "
-                 "(pass: from 80% each)", overlap=lowest), overlap
-
-
-# ---- what a circuit's file holds ---------------------------------------------------------------
-# A circuit's `record` holds all that is printed and drawn, as plain values: see docs/show.py.
-
-def losses(task, mask):
-    """{"full" | "circuit": {"search" | "held": tasks.Score as a dict}} by PlainRunner, on the
-    prompts of the search and on held-out ones."""
-    out = dict(full={}, circuit={})
-    for split, prompts in (("search", task.judged), ("held", task.held)):
-        runner = PlainRunner(task.model, task.frozen, prompts)
-        for name, which in (("full", every_node(task.model.cfg)), ("circuit", mask)):
-            out[name][split] = tasks.score(runner.logits(which), prompts)._asdict()
-    return out
-
-
-def describe(context, task, found):
-    """The Circuit of a finished search, with all that is printed and drawn of it. found:
-    {"circuit", "nonsense", "inverted", "shuffled", "seed 1", ...: SearchResult}."""
-    model, cfg, s, best = context.model, context.model.cfg, task.settings, found["circuit"]
-    mask = best.mask._replace(edges=kept_edges(best.mask, model.params, cfg))
-    kept, bias = np.flatnonzero(mask.nodes), effective_bias(model, mask, task.frozen)
-    effect = importance(task, mask)
-    nodes = [dict(name=node_name(n, cfg), importance=effect[n], bias=bias.get(n),
-                  mean=float(task.frozen[n]), **reading)
-             for n, reading in zip(kept, readings.node_readings(context, task, kept))]
-    attention, overlap = check_attention(task, mask)
-    shortest = np.argmin(task.pool.last.reshape(-1, 2).max(1))
-    pair = task.pool.rows(2 * shortest + np.arange(2))
-    example, heads = readings.pair_readings(model, mask, task.frozen, pair, overlap)
-    ranked = bisect(rank_by_attribution(task), lambda m: task.loss(m) <= s.target)
-    scores, (limit, why), size = losses(task, mask), s.limit(), task.size(mask)
-    full, held = (scores[x]["held"]["binary"] for x in ("full", "circuit"))
-    checks = [
-        check("held-out prompts", held <= limit, f"other words and larger shapes: loss {held:.3f},"
-              f" full model {full:.3f} (pass: at most {limit:.2f}, {why})", loss=held),
-        check_necessity(task, mask), check_resampled(task, mask, model.text),
-        check_gated(task, mask),
-        check_control("nonsense task", found.get("nonsense"), size, s.target),
-        check_control("inverted task", found.get("inverted"), size, s.target),
-        check_control("shuffled weights", found.get("shuffled"), size, s.target),
-        attention, check_seeds(found, mask)]
-    groups = [dict(nodes=[node_name(n, cfg) for n in group],
-                   effect=task.loss(mask.without(group)) - task.loss(mask))
-              for group in minor_groups(task, mask, effect)]
-    links = readings.connections(model, mask, task.pool)
-    numbers = *size, *task.size(every_node(cfg)), len(links["embed"]), len(links["unembed"])
-    return Circuit(task.name, s, mask, dict(
-        links, doc=tasks.title(task.name),
-        prompts={"search": len(task.judged.last), "held": len(task.held.last)},
-        model=dict(path=cfg.out, fingerprint=context.fingerprint, config=dataclasses.asdict(cfg)),
-        size=dict(zip(("nodes", "edges", "model_nodes", "model_edges", "embed", "unembed"),
-                      numbers)),
-        attribution=dict(zip(("nodes", "edges"), task.size(ranked))),
-        losses=scores, stages=best.stages, checks=checks, nodes=nodes, groups=groups,
-        heads=heads, example=example, seeds=1 + sum(job.startswith("seed") for job in found)))
 
 
 # ---- files --------------------------------------------------------------------------------------
 
-def digest(record):
+FORMAT = "sparsegpt-circuit-6"  # the version of a circuit's file
+
+
+def digest(content):
     """The checksum that a circuit's file holds of its content. Raises ValueError on NaN."""
-    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def save(path, circuit):
-    """Write a Circuit as JSON: all that reproduces its losses. Raises UserError if it cannot be
-    written."""
-    record = dict(format=FORMAT, task=circuit.task,
-                  settings=dataclasses.asdict(circuit.settings), **circuit.record)
-    text = json.dumps(dict(record, sha256=digest(record)), indent=1, ensure_ascii=False)
-    program.write_text(path, text)
+def circuit_json(circuit):
+    """A Circuit as the text of its file: all that reproduces its losses."""
+    content = dict(format=FORMAT, task=circuit.task,
+                   settings=dataclasses.asdict(circuit.settings), **circuit.report)
+    return json.dumps(dict(content, sha256=digest(content)), indent=1, ensure_ascii=False)
 
 
-def load(path):
+def parse_circuit(text):
+    """The Circuit in the text of a file. Raises ValueError, or another error, if it is damaged,
+    cannot be printed, or is no circuit."""
+    report = json.loads(text)
+    if report.pop("sha256") != digest(report):
+        raise ValueError("its content does not match its checksum")
+    if report.pop("format") != FORMAT:
+        raise ValueError("it is of another version")
+    cfg, settings = sg.Config(**report["model"]["config"]), Settings(**report.pop("settings"))
+    if not report["task"].isidentifier() or settings.ablation not in ABLATIONS:
+        raise ValueError("there is no such search")
+    nodes = np.zeros(n_nodes(cfg), bool)
+    nodes[[node_number(node["name"], cfg) for node in report["nodes"]]] = True
+    edges = {name: np.zeros(sg.shapes(cfg)[name], bool) for name in matrices(cfg)}
+    for e in report["edges"]:
+        m = matrices(cfg)[e["matrix"]]
+        [i] = np.flatnonzero(m.source == node_number(e["from"], cfg))
+        [j] = np.flatnonzero(m.target == node_number(e["to"], cfg))
+        edges[e["matrix"]][i, j] = True
+    circuit = Circuit(report.pop("task"), settings, CircuitMask(nodes, edges), report)
+    for verbose in (False, True):
+        listing(circuit, verbose)
+    return circuit
+
+
+def save_circuit(path, circuit):
+    """Write a Circuit as JSON. Raises UserError if it cannot be written."""
+    sg.write_text(path, circuit_json(circuit))
+
+
+def load_circuit(path):
     """The Circuit in a file. Raises UserError if it is missing, damaged, or not a circuit."""
     try:
-        record = json.loads(program.read_bytes(path).decode("utf-8", "surrogatepass"))
-        if record.pop("sha256") != digest(record):
-            raise ValueError("its content does not match its checksum")
-        if record.pop("format") != FORMAT:
-            raise ValueError("it is of another version")
-        cfg = sg.Config(**record["model"]["config"])
-        if not record["task"].isidentifier() or record["settings"]["ablation"] == "resample":
-            raise ValueError("there is no such search")
-        if sg.n_params(cfg) > 1 << 30:
-            raise ValueError("its model is too large")
-        nodes = np.zeros(n_nodes(cfg), bool)
-        nodes[[node_number(node["name"], cfg) for node in record["nodes"]]] = True
-        edges = {name: np.zeros(sg.shapes(cfg)[name], bool) for name in matrices(cfg)}
-        for e in record["edges"]:
-            i, j = node_number(e["from"], cfg), node_number(e["to"], cfg)
-            [(name, m)] = [(name, m) for name, m in matrices(cfg).items()
-                           if m.source.start <= i < m.source.stop
-                           and m.target.start <= j < m.target.stop]
-            edges[name][i - m.source.start, j - m.target.start] = True
-        circuit = Circuit(record.pop("task"), Settings(**record.pop("settings")),
-                          CircuitMask(nodes, edges), record)
-        records.check(record, [node_name(n, cfg) for n in np.flatnonzero(nodes)])
-        return circuit
+        return parse_circuit(sg.read_bytes(path).decode("utf-8", "surrogatepass"))
     except FileNotFoundError as e:
         raise sg.UserError(f"no file {path}; make one with: python prune.py TASK") from e
     except OSError as e:
         raise sg.UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (AttributeError, LookupError, TypeError, ValueError, OverflowError,
-            RecursionError) as e:
+    except Exception as e:  # what is forged may fail anywhere
         raise sg.UserError(f"{path} is damaged or not a circuit ({type(e).__name__}: {e})") from e
 
 
 def verify(circuit, context):
-    """Compute the losses of a circuit and of the full model again, and read weights, means and
-    sizes off the model; not what checks and cleaning measured. Returns a line for each that
-    differs from the file by more than 1e-4; rounding differs between machines."""
-    task = PruningTask(context.model, context.frozen, circuit.task, circuit.settings)
-    again, r, said = losses(task, circuit.mask), circuit.record, circuit.record["losses"]
-    pairs = {f"{which}, {split} prompts, {name}": (said[which][split][name], new)
-             for which, by_split in again.items() for split, score in by_split.items()
-             for name, new in score.items()}
-    for kind, links in readings.connections(context.model, circuit.mask, task.pool).items():
-        old, new = (sorted(([e[key] for key in ("from", "token", "to") if key in e],
-                            e.get("weight", 0)) for e in some) for some in (r[kind], links))
-        pairs[f"the number of {kind}"] = len(old), len(new)
-        pairs |= {f"{kind}, {' '.join(a)}": (w, v if a == b else math.nan)
-                  for (a, w), (b, v) in zip(old, new)}
-    for node in r["nodes"]:
-        mean = context.frozen[node_number(node["name"], context.model.cfg)]
-        pairs[f"the mean of {node['name']}"] = node["mean"], float(mean)
-    sizes_ = *task.size(circuit.mask), *task.size(every_node(context.model.cfg))
-    pairs |= {name: (r["size"][name], n)
-              for name, n in zip(("nodes", "edges", "model_nodes", "model_edges"), sizes_)}
-    pairs |= {f"{split} prompts": (r["prompts"][split], len(prompts.last))
-              for split, prompts in (("search", task.judged), ("held", task.held))}
-    return [f"{name}: the file says {old}, the model gives {new}"
-            for name, (old, new) in pairs.items() if not abs(old - new) <= 1e-4]
+    """Measure a circuit and its model again. Returns a line for each number or name that is not
+    as in its report. Rounding differs between machines, and with it near ties of AbsTopK, of
+    which one changes a mean loss of 128 prompts by up to 1e-3."""
+    task = PruningTask(context.model, context.frozen_values, circuit.task, circuit.settings)
+    found, report = measured(context, task, circuit.mask), circuit.report
+    losses = differences(report["losses"], found.pop("losses"), "losses", 1e-3)
+    return [*losses, *differences(report, found, "", 1e-4)]
 
 
-def save_drawings(path, circuit):
-    """Write the page and the graph beside a circuit's file."""
-    program.write_text(path.with_suffix(".html"), show.page(circuit))
-    program.write_text(path.with_suffix(".dot"), show.dot(circuit.record))
+def differences(said, found, name, allowed):
+    """A line for each part of `found` that is not so in `said`."""
+    if isinstance(found, dict):
+        for key, part in found.items():
+            yield from differences(said[key], part, f"{name} {key}", allowed)
+    elif isinstance(found, list) and len(said) == len(found):
+        for i, (a, b) in enumerate(zip(said, found), 1):
+            yield from differences(a, b, f"{name} {i}", allowed)
+    elif isinstance(found, list):
+        yield f"{name.strip()}: the file has {len(said)}, the model {len(found)}"
+    elif not (abs(said - found) <= allowed if isinstance(found, (int, float)) else said == found):
+        yield f"{name.strip()}: the file says {said}, the model gives {found}"
+
+
+def saved_path(name, given):
+    """The path of a saved circuit, by its file or its task: in --out or, if there is none, of the
+    one that comes with the source; a line on stderr says so."""
+    if name.endswith(".json") or Path(name).is_file():
+        return Path(name)
+    path = Path(given.get("out", "circuits"), f"{name}.json")
+    included = Path(os.path.relpath(Path(__file__).with_name("docs") / "circuits" / path.name))
+    if "out" in given or path.exists() or not included.exists():
+        return path
+    print(f"there is no {path}: using {included}, an included circuit", file=sys.stderr)
+    return included
+
+
+def draw(path, circuit):
+    """Write the page and the graph beside a circuit's file. Returns their endings. Without
+    extras/ a line on stderr says so."""
+    try:
+        drawing = sg.extra("draw", "no page is drawn")
+    except sg.UserError as e:
+        say_once(str(e))
+        return ""
+    drawing.write(path, circuit)
+    return ", .html and .dot"
 
 
 # ---- command line -------------------------------------------------------------------------------
 
-def finish(folder, circuit, context):
-    """Save a circuit and its drawings. Returns the circuit as read back from its file. Raises
-    UserError if that does not reproduce its losses."""
-    path = Path(folder, f"{circuit.task}.json")
-    save(path, circuit)
-    saved = load(path)
-    if wrong := verify(saved, context):
-        raise sg.UserError(f"{path} does not reproduce its losses: {wrong[0]}")
-    save_drawings(path, saved)
-    return saved
+def find(context, name, settings, folder, seeds, workers=1, verbose=False, tell=None):
+    """The Circuit of a task: saved as soon as its search has ended, and again with all checks.
+    tell: gets the print-out meanwhile. Before a circuit replaces a former one it is read back from
+    its text. Raises UserError if that does not reproduce its losses, or cannot be saved."""
+    path = Path(folder, f"{name}.json")
+
+    def found(circuit, check):
+        if check is None:
+            if wrong := verify(parse_circuit(circuit_json(circuit)), context):
+                raise sg.UserError(f"the circuit of {name} is not reproduced: {wrong[0]}")
+            try:
+                sg.save_or_aside(save_circuit, path, circuit)
+            except sg.UserError as e:
+                print(f"{e}; the search goes on", file=sys.stderr)
+        if tell:
+            tell(check_text(check, verbose) if check else
+                 f"{portrait(circuit, verbose)}\n\n{CHECKS_HEAD}")
+
+    circuit = prune(context.model, name, settings, context, seeds, workers, progress=bool(tell),
+                    found=found)
+    sg.save_or_aside(save_circuit, path, circuit)
+    return circuit
 
 
 def prune_one(context, settings, folder, seeds, task):
@@ -1274,46 +1716,58 @@ def prune_one(context, settings, folder, seeds, task):
     is of this model and these settings, and has its losses on the task as it is now."""
     path, asked = Path(folder, f"{task}.json"), (task, settings, seeds)
     try:
-        circuit = load(path)
-        r = circuit.record
-        kept = (circuit.task, circuit.settings, r["seeds"]) == asked
-        kept &= all(c["passed"] is not None for c in r["checks"] if "edges" in c)  # with controls
-        kept = kept and circuit.is_of(context.model) and not verify(circuit, context)
-    except sg.UserError:
+        circuit = load_circuit(path)
+        ran = {c["name"] for c in circuit.report["checks"] if c["passed"] is not None}
+        kept = (circuit.task, circuit.settings, circuit.report["seeds"]) == asked and (
+            ran >= set(CONTROLS)) and circuit.is_of(context.model) and (
+            not verify(circuit, context))
+    except Exception:  # what is forged may fail anywhere
         kept = False
     try:
-        if kept:
-            save_drawings(path, circuit)  # the earlier run may have been stopped before it drew
-        else:
-            circuit = prune(context.model, task, settings, context, seeds, shown=False)
-            circuit = finish(folder, circuit, context)
+        if not kept:
+            circuit = find(context, task, settings, folder, seeds)
     except CannotPrune as e:
         return task, None, f"not pruned: {e}"
-    size = circuit.record["size"]
-    note = ", kept from an earlier run" if kept else ""
-    return task, circuit, f"{size['nodes']} nodes, {size['edges']} edges{note}"
+    text = "{nodes} nodes, {edges} edges".format(**circuit.report["size"])
+    text += ", kept from an earlier run" * kept
+    try:
+        draw(path, circuit)  # also of an earlier run, which may have been stopped before it drew
+    except Exception as e:  # the others are pruned all the same
+        text += f", not drawn ({type(e).__name__}: {e})"
+    return task, circuit, text
 
 
 def prune_all(context, settings, folder, seeds, workers, log=print):
     """Prune every task, several at a time, and write the summary."""
     began, rows, n = time.perf_counter(), dict.fromkeys(tasks.TASKS), len(tasks.TASKS)
     one = functools.partial(prune_one, context, settings, folder, seeds)
-    for i, (task, *row) in enumerate(on_cores(one, list(tasks.TASKS), workers), 1):
+    for i, (task, *row) in enumerate(on_cores(one, list(tasks.TASKS), workers, False), 1):
         rows[task] = row
         left = (time.perf_counter() - began) * (n - i) / i
-        log(f"{i:>2} of {n}  {task:<28} {row[1]}; {program.clock(left)} left")
+        log(f"{i:>2} of {n}  {task:<28} {row[1]}; {sg.clock(left)} left")
     path = Path(folder, "summary.html")
-    log(f"\n{show.summary(rows)}")
-    program.write_text(path, show.summary_page(rows))
+    log(f"\n{summary(rows)}")
+    sg.extra("draw", "no summary is drawn").write_summary(path, rows)
     log(f"wrote {path}, which shows all of them")
+
+
+def node_and_value(text):
+    """(name, value) of a node to set, from "h0.neuron.504=4.4"."""
+    name, _, value = text.partition("=")
+    try:
+        if abs(float(value)) <= 1e9:  # NaN is not; larger numbers overflow
+            return name, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:60]!r} is not NODE=VALUE, with a value from -1e9 to "
+                                     "1e9")
 
 
 def make_parser():
     """The flags. Those that are not given are absent from the result."""
-    parser = program.Parser(description="Prune a trained model to the circuit of a task.",
-                          argument_default=argparse.SUPPRESS)
+    parser = sg.Parser(description="Prune a trained model to the circuit of a task.")
     parser.add_argument("task", nargs="?", help="a task's name, or all; without: list them")
-    add_settings(parser, ("mean", "zero"))
+    add_settings(parser, ABLATIONS)
     parser.add_argument("--verbose", action="store_true", help="print all that was found: stages, "
                         "checks, every node with the tokens at which it is high and low")
     for name, kind, text in (
@@ -1324,17 +1778,20 @@ def make_parser():
             ("pairs", int, "prompt pairs in a step of mask training (default 8)"),
             ("seeds", int, "searches that are compared (default 2)")):
         parser.add_argument(f"--{name}", type=kind, help=text)
-    parser.add_argument("--answers", nargs=2, metavar="ANSWER",
+    parser.add_argument("--answers", nargs=2, metavar="ANSWER", type=sg.prompt_text,
                         help="with --ask or --trace: the two to compare")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--check", metavar="FILE", help="compute a saved circuit's losses again")
-    modes.add_argument("--explain", nargs="?", metavar="PROMPT", help="print the values "
-                       "of the saved circuit's nodes on a pair of prompts, or on PROMPT")
-    modes.add_argument("--trace", metavar="PROMPT", help="the paths through the full model that "
-                       "make it prefer its likeliest token after PROMPT; no task is needed")
+    for name, text in (("show", "print a saved circuit, by its file or its task"),
+                       ("check", "compute a saved circuit's losses again")):
+        modes.add_argument(f"--{name}", metavar="FILE", help=text)
+    modes.add_argument("--explain", nargs="?", metavar="PROMPT", type=sg.prompt_text, help="print "
+                       "the values of the saved circuit's nodes on its prompts, or on PROMPT")
+    modes.add_argument("--trace", metavar="PROMPT", type=sg.prompt_text, help="the paths through "
+                       "the full model that make it prefer its likeliest token after PROMPT; no "
+                       "task is needed")
     for name, metavar, kind, text in (
-            ("ask", "PROMPT", str, "what the full model and the saved circuit answer to a prompt"),
-            ("set", "NODE=VALUE", program.node_and_value, "run the full model with a node frozen"),
+            ("ask", "PROMPT", sg.prompt_text, "what the full model and the saved circuit answer"),
+            ("set", "NODE=VALUE", node_and_value, "run the full model with a node frozen"),
             ("ablate", "NODE", str, "the same at its mean; of a head, as h1.head.5: all of it")):
         modes.add_argument(f"--{name}", action="append", type=kind, metavar=metavar,
                            help=f"{text}; may be repeated")
@@ -1342,10 +1799,10 @@ def make_parser():
 
 
 def add_settings(parser, ablations):
-    """Add the flags of a search that docs/compare.py shares."""
+    """Add the flags of a search that extras/compare.py shares."""
     add = parser.add_argument
     add("--target", type=float, help="binary loss in nats of a circuit (default 0.15)")
-    add("--ablation", choices=ablations, help="what deleted nodes are frozen at (default mean)")
+    add("--ablation", choices=[*ablations], help="what deleted nodes are frozen at (default mean)")
     add("--seed", type=int, help="of prompts and masks (default 0)")
 
 
@@ -1357,94 +1814,100 @@ def settings_of(given):
     return Settings(**{name: given[name] for name in names})
 
 
-def load_model(path):
-    """The model in a checkpoint, with its path as cfg.out."""
-    model = sg.load(path)
-    return model._replace(cfg=dataclasses.replace(model.cfg, out=str(path)))
+MODES = {"show", "check", "explain", "trace", "ask", "set", "ablate"}
+# The modes that look at a flag. Elsewhere it is refused, as it would mislead.
+USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "seeds"), {"search"}) | dict(
+    seed={"search", "set", "ablate"}, verbose={"search", "show"}, answers={"ask", "trace"},
+    task={"search", "explain", "ask", "set", "ablate"})
 
 
-# The flags that each mode looks at beside its own. It refuses the others.
-TAKES = dict(list={"model", "out"}, check={"model"}, trace={"model", "answers"},
-             explain={"task", "model", "out"}, ask={"task", "model", "out", "answers"},
-             set={"task", "model", "seed"}, ablate={"task", "model", "seed"},
-             search={"task", "model", "out", "target", "ablation", "runs", "pairs", "seeds",
-                     "seed", "verbose"})
-
-
-def run(argv):
+def act(argv):
     """What `main` does, if nothing goes wrong."""
     given = vars(make_parser().parse_args(argv))
     if "tasks" in given:
-        tasks.load(given["tasks"])
-    [mode] = given.keys() & TAKES or ["search" if "task" in given else "list"]
-    if more := given.keys() - TAKES[mode] - {mode, "tasks"}:
-        raise sg.UserError(f"{'--' * (mode in given)}{mode} takes no "
-                           f"{'' if more == {'task'} else '--'}{min(more)}")
-    if given.get("task") == "all" and "verbose" in given:
-        raise sg.UserError("all takes no --verbose: it prints a line a task")
-    settings, task, folder = settings_of(given), given.get("task"), given.get("out", "circuits")
-    path = Path(given.get("check", Path(folder, f"{task}.json")))
+        tasks.add_file(given["tasks"])
+    task, settings = given.get("task"), settings_of(given)
+    [mode] = given.keys() & MODES or ["search" if task else "list"]
+    for name in given:
+        if mode not in USED_BY.get(name, {mode}):
+            raise sg.UserError(f"{'--' * (mode in given)}{mode} takes no "
+                               f"{'--' * (name != 'task')}{name}")
+    if task == "all" and (mode != "search" or "verbose" in given):
+        raise sg.UserError("all takes no " + ("--verbose: it prints a line a task"
+                                              if mode == "search" else f"--{mode}"))
     if task not in (None, "all"):
-        tasks.pairs(task, 1)  # raises UserError on an unknown task
-    elif mode not in ("list", "check", "search", "trace"):
+        tasks.pairs(task, 1)  # raises TaskError on an unknown task
+    elif mode in ("explain", "ask", "set", "ablate"):
         raise sg.UserError(f"--{mode} needs one task; tasks: {', '.join(tasks.TASKS)}")
+    circuit = path = None
+    if mode in ("show", "check", "explain", "ask"):
+        path = saved_path(task or given[mode], given)
+        circuit = load_circuit(path)
+    if mode == "show":
+        print(listing(circuit, "verbose" in given))
+        return 0
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
     sg.keep_freed_memory()
-    circuit = load(path) if mode in ("check", "explain", "ask") else None
-    model = load_model(given["model"] if "model" in given else sg.default_model())
+    model = sg.load_model(given["model"] if "model" in given else sg.default_model())
     if circuit and not circuit.is_of(model):
         raise sg.UserError(f"{path} is a circuit of another model, not of {model.cfg.out}; name "
-                           f"its own with --model: it was {circuit.record['model']['path']}")
+                           f"its own with --model: it was {circuit.report['model']['path']}")
     if circuit and task not in (None, circuit.task):
         raise sg.UserError(f"{path} is a circuit of {circuit.task}")
     if mode == "check":
         wrong = verify(circuit, ModelContext(model, circuit.settings.ablation))
         print("\n".join(wrong or [f"{path}: its losses and weights are reproduced"]))
         return int(bool(wrong))
+    if mode == "search":
+        return act_search(given, model, settings)
+    print("\n".join(answer(mode, given, model, settings, circuit)))
+    return 0
+
+
+def answer(mode, given, model, settings, circuit):
+    """Lines of text on a question to a model or a circuit."""
+    questions = sg.extra("questions", "no questions are answered")
     if mode == "explain":
-        text = given["explain"]
-        print(explain(circuit.record["example"] if text is None else
-                      ask.walk(circuit, model, text)))
-    elif mode == "ask":
-        print("\n".join(ask.ask(circuit, model, given["ask"], given.get("answers"))))
-    elif mode == "trace":
-        print("\n".join(trace.trace(model, given["trace"], given.get("answers"))))
-    elif mode in ("set", "ablate"):
-        values = given.get("set", [(name, None) for name in given.get("ablate", ())])
-        values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
-        print("\n".join(ask.intervene(model, task, values, settings)))
-    elif mode == "list":
-        print("\n".join(ask.overview(model, folder)))
-    else:
-        if sg.processes().rank:
-            return len([*on_cores(None, (), 2)])  # which deals it work, in the end
-        for name in tasks.TASKS if task == "all" else [task]:
-            program.refuse_others(Path(folder, name), ".json", ".html", ".dot")
+        return questions.explain(circuit, model, given["explain"])
+    if mode == "ask":
+        return questions.ask(circuit, model, given["ask"], given.get("answers"))
+    if mode == "trace":
+        return questions.trace(model, given["trace"], given.get("answers"))
+    if mode == "list":
+        return questions.overview(model, given.get("out", "circuits"))
+    values = given.get("set", [(name, None) for name in given.get("ablate", ())])
+    values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
+    return questions.intervene(model, given["task"], values, settings)
+
+
+def act_search(given, model, settings):
+    """Search the circuit of a task, or of all."""
+    if sg.processes().rank:
+        return len([*on_cores(None, (), 2)])  # which deals it work, in the end
+    task, folder, seeds = given["task"], Path(given.get("out", "circuits")), given.get("seeds", 2)
+    workers = max(model.cfg.threads or sg.n_cores(), sg.processes().size)
+    folder.mkdir(parents=True, exist_ok=True)
+    with sg.locked(folder):
+        sg.check_output(folder / f"{task}.json")
+        context = ModelContext(model, settings.ablation)
         if task == "all":
-            program.refuse_others(Path(folder, "summary"), ".html")
-        context, seeds = ModelContext(model, settings.ablation), given.get("seeds", 2)
-        workers = max(model.cfg.threads or sg.n_cores(), sg.processes().size)
-        with program.locked(folder):
-            if task == "all":
-                prune_all(context, settings, folder, seeds, workers)
-                return 0
-            circuit = prune(model, task, settings, context, seeds, workers=workers)
-            circuit = finish(folder, circuit, context)
-        print(listing(circuit, "verbose" in given))
-        *flags, out = (f" --{name} {shlex.quote(given[name])}" if name in given else ""
-                       for name in ("tasks", "model", "out"))
-        print(f"\nwrote {path}, .html and .dot; "
-              f"{show.next_commands(circuit, ''.join(flags), out)}")
+            prune_all(context, settings, folder, seeds, workers)
+            return 0
+        circuit = find(context, task, settings, folder, seeds, workers, "verbose" in given, print)
+        endings = draw(folder / f"{task}.json", circuit)
+    *flags, out = (f" --{name} {shlex.quote(given[name])}" if name in given else ""
+                   for name in ("tasks", "model", "out"))
+    print(f"\nwrote {folder / task}.json{endings}; "
+          f"{next_commands(circuit, ''.join(flags), out)}")
     return 0
 
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a circuit that does not reproduce its
     losses, 2 for a mistake, 130 for Ctrl-C."""
-    return sg.ended(program.command("prune.py", run, argv, "finished circuits are kept; the same "
-                                  "command continues"))
+    return sg.command("prune.py", act, argv, "finished circuits are kept; the same command "
+                      "continues")
 
 
 if __name__ == "__main__":
-    import prune as module  # so that docs/ask.py and worker processes see the same classes
-    sys.exit(module.main())
+    sys.exit(main())
