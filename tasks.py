@@ -1,5 +1,5 @@
-"""The text: twenty things a small model can know about Python, as snippets to train on and pairs
-to test with; the tokenizer, and the token streams of a corpus; prompts as tokens, and scores.
+"""Twenty things a small model can know about Python, as snippets to train on and pairs to test
+with; prompts as tokens, and scores.
 
 Every behaviour (arXiv 2511.13653, section 2.2 and Table 1) is written down once, as a function
 that makes two *sides*. A side is `(prompt, answer, rest)`, and `prompt + answer + rest` is valid
@@ -21,32 +21,27 @@ punctuation, and newlines with the indentation after them. A prompt never ends i
 the borders prompt|answer and answer|rest never cut such a piece in two: so the answer's tokens are
 the very ones a model was trained on, and appending it leaves the prompt's tokens as they were.
 """
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it quietly
+import argparse
 import difflib
 import functools
-import hashlib
 import keyword
-import math
 import os
 import random
-import re
 import runpy
 import string
-import sys
-import sysconfig
-import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
-from docs import program
-
-program.end_quietly(__name__)
 import numpy as np
 
-from docs.program import UserError
+
+class TaskError(ValueError):
+    """Something wrong with a task, a file of tasks or what is asked of them."""
 
 
 # ---- words, dealt out to the splits -------------------------------------------------------------
@@ -512,21 +507,23 @@ TASKS: dict[str, Callable] = {task.__name__: task for task in GENERATORS}
 # --long shows them three times as often. In shorter runs that costs more tasks than it gains.
 LATE = (set_or_string, class_init, var_swap, with_open, final_kwarg)
 
-added = []  # the files that `load` has read: worker processes read them again
+added = []  # the files that `add_file` has read: worker processes read them again
 
 
-def load(path):
+def add_file(path):
     """Add the tasks of a Python file: its functions of one argument, except _names. They are not
-    part of training text. Raises UserError if it has none, or one of a known name."""
+    part of training text. Raises TaskError if it has none, or one of a known name."""
     try:
+        if not os.path.isfile(path):  # a pipe may never end
+            raise OSError("there is no such file")
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:  # it is the user's own program
-        raise UserError(f"--tasks {path}: {type(e).__name__}: {e}") from e
+        raise TaskError(f"--tasks {path}: {type(e).__name__}: {e}") from e
     found = {name: f for name, f in names.items() if not name.startswith("_")
              and getattr(f, "__module__", "") == "<run_path>"
              and getattr(getattr(f, "__code__", None), "co_argcount", 0) == 1}
     if not found or (known := found.keys() & (TASKS.keys() | {"all", "summary", "compare"})):
-        raise UserError(f"--tasks {path}: " + (
+        raise TaskError(f"--tasks {path}: " + (
             f"there is a task {min(known)} already" if found else "no function of one argument"))
     TASKS.update(found)
     added.append(os.path.abspath(path))  # a worker process starts in another folder
@@ -536,7 +533,7 @@ def load(path):
 
 def title(task):
     """What a task is about: the first line of its docstring, which `python -OO` leaves out."""
-    return (TASKS[task].__doc__ or task).splitlines()[0]
+    return (str(TASKS[task].__doc__ or "") or task).splitlines()[0]
 
 
 class Pair(NamedTuple):
@@ -546,11 +543,11 @@ class Pair(NamedTuple):
 
 
 def check_draw(n: int, split: str):
-    """Raise UserError if n pairs of a split cannot be drawn."""
+    """Raise TaskError if n pairs of a split cannot be drawn."""
     if split not in SPLITS:
-        raise UserError(f"no split {split!r}; splits: {', '.join(SPLITS)}")
+        raise TaskError(f"no split {split!r}; splits: {', '.join(SPLITS)}")
     if n < 1:
-        raise UserError(f"n is the number of pairs and must be at least 1, not {n}")
+        raise TaskError(f"n is the number of pairs and must be at least 1, not {n}")
 
 
 def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
@@ -558,11 +555,11 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
 
     "eval" is what circuits are found on. "held" has other words and larger shapes (deeper, longer,
     inside functions), to see whether a circuit is the rule or just fits its prompts.
-    Raises UserError for an unknown task or split, or n < 1.
+    Raises TaskError for an unknown task or split, or n < 1.
     """
     if task not in TASKS:
         close = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no task {task!r}; the nearest is {close!r}; tasks: {', '.join(TASKS)}; "
+        raise TaskError(f"no task {task!r}; the nearest is {close!r}; tasks: {', '.join(TASKS)}; "
                         "one of your own needs --tasks FILE")
     check_draw(n, split)
     rng = random.Random(f"{task}/{split}/{seed}")  # a string seeds alike on every platform
@@ -571,7 +568,7 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
     while len(found) < n:
         draws += 1
         if draws > 100 * n + 1000:
-            raise UserError(f"{task} makes only {len(found)} different pairs that are short "
+            raise TaskError(f"{task} makes only {len(found)} different pairs that are short "
                             f"enough; {n} are needed")
         w = Writer(rng, split)
         try:
@@ -579,7 +576,7 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
             if not all(isinstance(text, str) for side in sides for text in side):
                 raise TypeError("a part is not a string")
         except (Exception, SystemExit) as e:  # a task may be the user's own
-            raise UserError(f"the task {task} must return two sides, each (prompt, answer, rest): "
+            raise TaskError(f"the task {task} must return two sides, each (prompt, answer, rest): "
                             f"{type(e).__name__}: {e}") from e
         if max(len(prompt0), len(prompt1)) <= (230 if split == "held" else 200):
             found.setdefault((prompt0, prompt1), (answer0, answer1))
@@ -605,56 +602,6 @@ def idiom(rng: random.Random, late: int = 1) -> str:
     return w.pick("\n", "\n\n").join(snippets) + "\n"
 
 
-# ---- documents, tokenizer, token streams --------------------------------------------------------
-
-SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages",
-        "__pycache__"}  # folders of the standard library that hold no plain code
-
-
-def source_files(source):
-    """Sorted paths of the files behind one entry of --data, but hidden ones and those that hold
-    what this program prints. Raises UserError if there is none."""
-    root, printed = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source), []
-    for number in (1, 2):
-        with suppress(OSError):  # it may be closed
-            printed.append(os.fstat(number))
-    files = [root] if root.is_file() else sorted(
-        p for p in root.rglob("*") if p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(root).parts)
-        and not any(os.path.samestat(p.stat(), stream) for stream in printed))
-    if source == "stdlib":
-        files = [p for p in files
-                 if p.suffix == ".py" and SKIP.isdisjoint(p.relative_to(root).parts)]
-    if not source or not files:
-        raise UserError(f"--data {source!r}: there is no such file, or no file in it")
-    return files
-
-
-def read_documents(data, max_mb=0.0, log=print):
-    """The texts behind --data, one per file. Files that are not UTF-8 text are skipped and
-    counted. Raises UserError where there is no text."""
-    texts, skipped = [], 0
-    for source in data.split(","):
-        size = 0
-        for path in source_files(source):
-            if max_mb and size >= max_mb * 1e6:
-                break
-            try:
-                text = path.read_text("utf-8")
-            except UnicodeDecodeError:
-                text = "\0"
-            if "\0" in text:
-                skipped += 1
-            elif text.strip():
-                texts.append(text)
-                size += len(text)
-    if skipped:
-        log(f"data: skipped {skipped} files that are not UTF-8 text")
-    if not texts:
-        raise UserError(f"--data {data}: every file is empty or not UTF-8 text")
-    return texts
-
-
 def idiom_documents(n_bytes, late=1, seed=0):
     """Generated simple idioms, about n_bytes of them; the paper mixes in such text too (A.2)."""
     rng, texts, size = random.Random(seed), [], 0
@@ -662,152 +609,6 @@ def idiom_documents(n_bytes, late=1, seed=0):
         texts.append(idiom(rng, late))
         size += len(texts[-1])
     return texts
-
-
-def split(texts):
-    """(training documents, validation documents). A document's own content decides, so none is on
-    both sides. Too few to fill both sides are first cut at blank lines, or else at all lines."""
-    def held_out(text):
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] < 13  # 5 %
-
-    whole = "\n\n".join(texts)
-    for docs in texts, re.findall(r"(?s).+?(?:\n\n+|\Z)", whole), whole.splitlines(keepends=True):
-        train, val = ([d for d in docs if held_out(d) == side] for side in (False, True))
-        if train and val:
-            return train, val
-    raise UserError("--data: too little text to hold some out for validation; add more")
-
-
-# A word with the space before it, a digit, a run of punctuation, a newline with the indentation
-# after it, other white space. Every character is in exactly one piece.
-PIECES = re.compile(r"\n *| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z_0-9]+|[^\S\n]+")
-
-
-class Tokenizer:
-    """Byte-level BPE: tokens 0..255 are the bytes, 256 separates documents, the rest are merges in
-    the order in which they were learned. decode(encode(s)) == s for every string s.
-
-    >>> t = Tokenizer.learn(["aaab aaab"], 259)
-    >>> t.merges, t.encode("aab")
-    ([(97, 97), (97, 98)], [257, 98])
-    """
-    EOT = 256  # the document separator, and what every prompt starts with
-
-    def __init__(self, merges):
-        """merges: list of (left id, right id); merge i makes token 257 + i. Raises UserError on an
-        id that does not exist yet, and on more text than 65,536 tokens can need."""
-        self.merges = [(int(a), int(b)) for a, b in merges]
-        self.bytes, size = [bytes([i]) for i in range(256)] + [b""], 0
-        for a, b in self.merges:
-            if not (0 <= min(a, b) and max(a, b) < len(self.bytes)):
-                raise UserError(f"the merge {a}, {b} uses a token that does not exist yet")
-            size += len(self.bytes[a]) + len(self.bytes[b])
-            if size > 1 << 22:  # each token may be twice as long as the one before
-                raise UserError("the tokens of the text are too long")
-            self.bytes.append(self.bytes[a] + self.bytes[b])
-        self.rank = {pair: i for i, pair in enumerate(self.merges)}
-        self.cache = {}
-
-    @classmethod
-    def learn(cls, texts, vocab_size):
-        """Learn merges until there are vocab_size tokens or nothing repeats. Each distinct piece
-        is counted once, and only the pieces that a merge touches are counted again. Ties go to
-        the smallest pair."""
-        counts = Counter(chain.from_iterable(PIECES.findall(t) for t in texts))
-        words = [(list(w.encode("utf-8", "surrogatepass")), n) for w, n in sorted(counts.items())]
-        pairs, where, merges = Counter(), defaultdict(set), []
-
-        def count(i, sign=1):  # puts the pairs of word i into `pairs`, or takes them out
-            word, n = words[i]
-            for pair in zip(word, word[1:]):
-                pairs[pair] += sign * n
-                where[pair].add(i)
-
-        for i in range(len(words)):
-            count(i)
-        while len(merges) < vocab_size - 257 and pairs:
-            best = max(pairs, key=lambda p: (pairs[p], -p[0], -p[1]))
-            if pairs[best] < 2:
-                break
-            merges.append(best)
-            for i in where.pop(best):
-                count(i, -1)
-                words[i][0][:] = cls.merge(words[i][0], best, 256 + len(merges))
-                count(i)
-            pairs = +pairs  # drops those that no longer occur
-        return cls(merges)
-
-    @staticmethod
-    def merge(word, pair, new):
-        """The list `word` with every occurrence of `pair`, from the left, replaced by `new`."""
-        out, i = [], 0
-        while i < len(word):
-            hit = i + 1 < len(word) and (word[i], word[i + 1]) == pair
-            out.append(new if hit else word[i])
-            i += 2 if hit else 1
-        return out
-
-    def encode(self, text):
-        """The token ids of a string, as a list; without the document separator."""
-        out = []
-        for piece in PIECES.findall(text):
-            ids = self.cache.get(piece)
-            if ids is None:
-                ids = list(piece.encode("utf-8", "surrogatepass"))
-                while len(ids) > 1:
-                    best = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, math.inf))
-                    if best not in self.rank:
-                        break
-                    ids = self.merge(ids, best, 257 + self.rank[best])
-                self.cache[piece] = ids
-            out += ids
-        return out
-
-    def decode(self, ids):
-        """The string of token ids. Bytes that are not UTF-8 become U+FFFD: a sample may stop
-        inside a character."""
-        data = b"".join(self.bytes[i] for i in ids)
-        try:
-            return data.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", "replace")
-
-
-IDIOM_BYTES = 24_000_000  # of generated idioms: --long sees each of them about four times
-
-
-class Corpus(NamedTuple):
-    """Token streams, uint16, with a separator before every document: {"code": ..., "idioms": ...}
-    for each side. digest: of the streams, as a resumed run must see the same data."""
-    tok: Tokenizer
-    train: dict
-    val: dict
-    digest: str
-
-
-def load_corpus(cfg, log=print):
-    """The Corpus of a config: read, split, tokenized, in about 15 seconds. Raises UserError on a
-    stream that is too short to draw from."""
-    began, texts = time.perf_counter(), read_documents(cfg.data, cfg.max_mb, log)
-    kinds = {"code": split(texts)}
-    if cfg.idioms:
-        n_bytes = int(min(IDIOM_BYTES, cfg.max_mb * 1e6 or IDIOM_BYTES))
-        kinds["idioms"] = split(idiom_documents(n_bytes, cfg.late))
-    tok = Tokenizer.learn((doc for two in kinds.values() for doc in two[0]), cfg.vocab_size)
-    sides, digest = ({}, {}), hashlib.sha256()
-    for name, two in kinds.items():
-        for side, docs, rows in zip(sides, two, (cfg.batch_size, 1)):
-            ids = (i for doc in docs for i in (tok.EOT, *tok.encode(doc)))
-            side[name] = np.fromiter(ids, np.uint16)
-            digest.update(side[name].tobytes())
-            if len(side[name]) < rows * (cfg.n_ctx + 1):
-                raise UserError(f"--data: {name} has too few tokens, {len(side[name])} on one side"
-                                "; add text, or lower --batch_size or --n_ctx")
-    n_train, n_val = (sum(map(len, side.values())) for side in sides)
-    log(f"data: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB; {len(tok.merges)} merges "
-        f"learned; {n_train:,} tokens to train on, {n_val:,} held out "
-        f"({time.perf_counter() - began:.0f} s)")
-    return Corpus(tok, *sides, digest.hexdigest())
 
 
 # ---- prompts and scores -------------------------------------------------------------------------
@@ -893,7 +694,7 @@ def score(logits, prompts):  # [n, V] at the deciding positions, on the host
 
 # ---- command line -------------------------------------------------------------------------------
 
-def show(task: str, n: int, seed: int, split: str) -> None:
+def print_pairs(task: str, n: int, seed: int, split: str) -> None:
     """Print n pairs: each prompt behind a bar, its right and wrong answer as Python strings."""
     found = pairs(task, n, seed, split)
     print(f"== {task}: {title(task)}\n")
@@ -903,33 +704,37 @@ def show(task: str, n: int, seed: int, split: str) -> None:
             print(f"  right {right!r}  wrong {wrong!r}\n")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise TaskError(f"{message}; see --help")
+
+
 def main(argv=None) -> int:
-    """The three commands of the module's docstring; a wrong value is one line and status 2."""
-    return program.command("tasks.py", run, argv)
-
-
-def run(argv) -> int:
-    """What `main` does, if nothing goes wrong."""
-    parser = program.Parser(description="Pairs and training text for the twenty tasks.")
+    """The commands of the module's docstring; a wrong value is one line and status 2."""
+    parser = Parser(description="Pairs and training text for the twenty tasks.")
     parser.add_argument("task", nargs="?", help="show this task only (all of them if left out)")
     parser.add_argument("--n", type=int, default=3, help="how many pairs or documents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="eval", help="train, eval or held")
     parser.add_argument("--tasks", help="a Python file with tasks of one's own")
     parser.add_argument("--idioms", action="store_true", help="show training documents instead")
-    args = parser.parse_args(argv)
-    if not 1 <= args.n <= 10_000:
-        raise UserError(f"--n must be from 1 to 10000, not {args.n}")
-    if args.idioms and (args.task, args.split) != (None, "eval"):
-        raise UserError("--idioms are of no one task, and of the split train")
-    if args.tasks:
-        load(args.tasks)
-    if args.idioms:
-        rng = random.Random(f"idioms/{args.seed}")
-        print("\n----\n".join(idiom(rng) for _ in range(args.n)))
-    else:
-        for task in TASKS if args.task is None else [args.task]:
-            show(task, args.n, args.seed, args.split)
+    try:
+        args = parser.parse_args(argv)
+        if not 1 <= args.n <= 10_000:
+            raise TaskError(f"--n must be from 1 to 10000, not {args.n}")
+        if args.tasks:
+            add_file(args.tasks)
+        if args.idioms:
+            rng = random.Random(f"idioms/{args.seed}")
+            print("\n----\n".join(idiom(rng) for _ in range(args.n)))
+        for task in () if args.idioms else TASKS if args.task is None else [args.task]:
+            print_pairs(task, args.n, args.seed, args.split)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except TaskError as e:
+        print(f"tasks.py: error: {e}", file=sys.stderr)
+        return 2
     return 0
 
 
