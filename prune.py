@@ -3,8 +3,8 @@
 Source: Gao et al., arXiv 2511.13653 (2025), "the paper", sections 2.2 and A.5.
 
     python prune.py --show single_double_quote   # a circuit that comes with the source
-    python prune.py single_double_quote     # find it: of out/sparse.npz, else of docs/long.npz
-    python prune.py all                     # every task, and circuits/summary.html
+    python prune.py single_double_quote          # find it, in out/sparse.npz or docs/long.npz
+    python prune.py all                          # every task, and circuits/summary.html
 
 A *node* is one channel at one of a block's hook points (sites), or of the final normalized
 residual stream, at all positions of all prompts at once. A deleted node is frozen at its mean over
@@ -16,9 +16,8 @@ steps: learn a mask over nodes by gradient descent through a hard threshold (the
 keep the fewest nodes that reach the target loss; delete every node and edge that the circuit can
 do without, one at a time (the paper did this by hand, and kept all edges).
 
-Part I is the method, in the order of its story. Part II is what it stands on: nodes and edges,
-prompts, runners, checks, readings, the print-out, files, command line. Drawings, and questions to
-a circuit, are in extras/.
+Part I is the method, in the order of its story. Part II is what it stands on, from nodes and edges
+to the command line. Drawings of a circuit, and questions to it, are in extras/.
 """
 import signal
 import sys
@@ -38,6 +37,7 @@ import os
 import re
 import shlex
 import textwrap
+import threading
 import time
 from collections import defaultdict
 from concurrent import futures
@@ -147,15 +147,14 @@ class PruningTask:
     """
 
     def __init__(self, model, frozen_values, name, settings, labels="true"):
-        self.model, self.frozen_values = model, frozen_values
-        self.name, self.settings = name, settings
-        self.text = model.text if settings.ablation == "resample" else None
+        self.model, self.frozen_values, self.name = model, frozen_values, name
+        self.settings, self.known = settings, {}  # losses, by a digest of the mask
+        self.text = None if settings.ablation in ABLATIONS else model.text
         self.pool = make_prompts(model, name, 2 * settings.search_pairs, settings.seed,
                                  labels=labels)
         n = len(self.pool.last)
         self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
         self.held = make_prompts(model, name, settings.search_pairs, settings.seed, "held")
-        self.known = {}  # losses, by a digest of the mask
         self.runner = quickest(model, frozen_values, self.judged) if self.text is None else (
             PlainRunner(model, frozen_values, self.judged, self.text,
                         np.random.default_rng(settings.seed)))
@@ -341,21 +340,19 @@ def bisect(order, good, guess=0):
     """The mask of the fewest first nodes of an order for which `good` holds, or None if it does
     not hold for all of them. Bisection assumes that more nodes never hurt, which is nearly true.
     So it first looks at `guess` nodes, those of a learned mask, and doubles from there."""
+    def first(n):
+        nodes = np.zeros(len(order), bool)
+        nodes[order[:n]] = True
+        return CircuitMask(nodes)
+
     low, high, middle = -1, len(order), min(guess, len(order) - 1)
     while high - low > 1:
-        if good(top_nodes(order, middle)):
+        if good(first(middle)):
             high = middle
         else:
             low = middle
         middle = (low + high) // 2 if high < len(order) else min(2 * low + 1, high - 1)
-    return top_nodes(order, high) if high < len(order) or good(top_nodes(order, high)) else None
-
-
-def top_nodes(order, n):
-    """The mask of the first n nodes of an order."""
-    nodes = np.zeros(len(order), bool)
-    nodes[order[:n]] = True
-    return CircuitMask(nodes)
+    return first(high) if high < len(order) or good(first(high)) else None
 
 
 def rank_by_attribution(task):
@@ -702,10 +699,10 @@ class Recorder:
         return x
 
 
-def observe(model, ids, positions=None, hook=None):
-    """A forward pass: (logits, {site: [N, C]} of all nodes, cache)."""
+def observe(model, ids, at=None, hook=None):
+    """A forward pass, see `sparsegpt.forward`: (logits, {site: [N, C]} of all nodes, cache)."""
     recorder = Recorder(hook)
-    logits, cache = sg.forward(model.params, ids, model.cfg, recorder, positions)
+    logits, cache = sg.forward(model.params, ids, model.cfg, recorder, at)
     return logits, recorder.seen, cache
 
 
@@ -908,40 +905,29 @@ class KeptChannels:
         return out
 
 
-def agree(model, frozen_values, prompts):
-    """Compare the fast runner with the plain one on four random circuits, in float64, as rounding
-    can change what AbsTopK keeps. Raises RuntimeError, with the first site that differs."""
-    cfg, rng = dataclasses.replace(model.cfg, dtype="float64"), np.random.default_rng(0)
-    params = {name: w.astype(float) for name, w in model.params.items()}
-    model, frozen_values = model._replace(params=params, cfg=cfg), frozen_values.astype(float)
-    few = prompts.rows(np.arange(min(4, len(prompts.last))))
-    runners = [kind(model, frozen_values, few) for kind in (PlainRunner, FastRunner)]
-    of_heads = {site for m in sg.MATRICES.values() if m.reads == HEADS[-1] for site in m.writes}
-    # Shares of kept nodes. In the last circuit, no kept channel reads some heads.
-    for share, reading in (0.05, 0.05), (0.3, 0.3), (0.9, 0.9), (0.9, 0.02):
-        mask = CircuitMask(np.concatenate([
-            rng.random(part.stop - part.start) < (
-                reading if site.partition(".")[2] in of_heads else share)
-            for site, part in node_slices(cfg).items()]))
-        mask = mask._replace(edges={name: kept & (rng.random(kept.shape) < 0.8) for name, kept in
-                                    kept_edges(mask, params, cfg).items()})
-        seen = []
-        for runner in runners:
-            (_, part), p = runner.parts[0], runner.params(mask)
-            hook = runner.hook(mask, p, part, frozen_values)
-            logits, values, _ = observe(model._replace(params=p), part.ids, part.last, hook)
-            seen.append({site: x for site, x in values.items() if link(site) == "adds"}
-                        | {"the unembedding": logits})
-        for site, plain in seen[0].items():
-            error = float(abs(plain - seen[1][site]).max())
-            if not error <= 1e-8 * (1 + float(abs(plain).max())):
-                raise RuntimeError(f"it is off, first at {site}")
-
-
 def quickest(model, frozen_values, prompts):
-    """A FastRunner if it agrees with the model as it runs, else a PlainRunner."""
+    """A FastRunner if it agrees with the model as it runs, else a PlainRunner. They are compared
+    on random circuits, in float64, as rounding can change what AbsTopK keeps."""
+    cfg, rng = dataclasses.replace(model.cfg, dtype="float64"), np.random.default_rng(0)
+    exact = model._replace(cfg=cfg, params={name: w.astype(float)
+                                            for name, w in model.params.items()})
+    few = prompts.rows(np.arange(min(4, len(prompts.last))))
+    of_heads = [f"h{i}.{site}" for i in range(cfg.n_layer) for m in sg.MATRICES.values()
+                if m.reads == HEADS[-1] for site in m.writes]
     try:
-        agree(model, frozen_values, prompts)
+        plain, fast = (kind(exact, frozen_values.astype(float), few)
+                       for kind in (PlainRunner, FastRunner))
+        # Shares of kept nodes. In the last circuit, no kept channel reads some heads.
+        for share, reading in (0.05, 0.05), (0.3, 0.3), (0.9, 0.9), (0.9, 0.02):
+            mask = CircuitMask(np.concatenate([
+                rng.random(part.stop - part.start) < (reading if site in of_heads else share)
+                for site, part in node_slices(cfg).items()]))
+            mask = mask._replace(edges={
+                name: kept & (rng.random(kept.shape) < 0.8)
+                for name, kept in kept_edges(mask, exact.params, cfg).items()})
+            right, found = plain.logits(mask), fast.logits(mask)
+            if not abs(found - right).max() <= 1e-8 * (1 + abs(right).max()):
+                raise ValueError("it gives other logits")
         return FastRunner(model, frozen_values, prompts)
     except Exception as e:  # it may fail in any way
         say_once(f"FastRunner does not fit the forward pass ({type(e).__name__}: {e}); circuits "
@@ -1103,9 +1089,8 @@ def checks_of(circuit, task, results):
             yield check_control(key, result, size, circuit.settings.target)
         else:
             seeds.append(result)
-    if seeds:
-        circuit.report["seeds"] = 1 + len(seeds)
-        yield check_seeds(seeds, circuit.mask)
+    circuit.report["seeds"] = 1 + len(seeds)
+    yield check_seeds(seeds, circuit.mask)
 
 
 def check_held_out(circuit):
@@ -1138,9 +1123,9 @@ def check_resampled(task, mask):
         runner = PlainRunner(task.model, task.frozen_values, task.judged, task.model.text, rng)
         losses.append(logistic(margins(runner.logits(mask), task.judged)))
     loss = float(np.mean(losses))
-    return loss_check(task.settings, "resampled ablation", loss, "deleted nodes at their values on "
-                      f"random training text: mean loss of 4 draws {loss:.3f}, {min(losses):.3f} "
-                      f"to {max(losses):.3f}")
+    return loss_check(task.settings, "resampled ablation", loss, "deleted nodes at their values "
+                      f"on random training text: mean loss of 4 draws {loss:.3f}, "
+                      f"{min(losses):.3f} to {max(losses):.3f}")
 
 
 def check_gated(task, mask):
@@ -1198,6 +1183,8 @@ def check_control(name, result, size, target):
 def check_seeds(others, mask):
     """How many nodes the circuits of other mask seeds share with the first."""
     shared, notes = [], []
+    if not others:
+        return verdict("other seeds", None, "not run")
     for other in others:
         both, either = mask.nodes & other.mask.nodes, mask.nodes | other.mask.nodes
         shared.append(both.sum() / either.sum() if either.any() else 1.0)
@@ -1419,12 +1406,15 @@ def packed(items, wide=99):
 def wire_texts(report, most=3):
     """({node: what leads to it}, {node: what it leads to}), as texts. Of a node's embeddings at
     most the `most` heaviest; a matrix is named where several join two sites."""
-    before, after, tokens = defaultdict(list), defaultdict(list), defaultdict(list)
-    joining = defaultdict(set)  # (site, site): matrices
+    before, after, tokens, joining = (defaultdict(list) for _ in range(4))
+
+    def ends(e):
+        return e["from"].rpartition(".")[0], e["to"].rpartition(".")[0]
+
     for e in report["edges"]:
-        ends = e["from"].rpartition(".")[0], e["to"].rpartition(".")[0]
-        joining[ends].add(e["matrix"])
-        by = f" by {e['matrix']}" if len(joining[ends]) > 1 else ""
+        joining[ends(e)].append(e["matrix"])
+    for e in report["edges"]:
+        by = f" by {e['matrix']}" if len({*joining[ends(e)]}) > 1 else ""
         before[e["to"]].append(f"<- {e['from']} {e['weight']:+.2f}{by}")
         after[e["from"]].append(f"-> {e['to']} {e['weight']:+.2f}{by}")
     for e in report["residual"]:
@@ -1571,6 +1561,11 @@ def on_cores(fn, items, workers, in_order=True):
 
 def start_worker(added):
     """What a worker process does first. added: files with tasks of one's own."""
+    def end_with_parent():  # even if that was killed: nobody is left to take the results
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     for path in added:
         tasks.add_file(path)
     sg.keep_freed_memory()
@@ -1614,8 +1609,9 @@ def parse_circuit(text):
         [j] = np.flatnonzero(m.target == node_number(e["to"], cfg))
         edges[e["matrix"]][i, j] = True
     circuit = Circuit(report.pop("task"), settings, CircuitMask(nodes, edges), report)
-    for verbose in (False, True):
-        listing(circuit, verbose)
+    # All that is printed of a circuit must be there.
+    listing(circuit), listing(circuit, True), summary({circuit.task: (circuit, "")})
+    next_commands(circuit)
     return circuit
 
 
@@ -1630,10 +1626,9 @@ def load_circuit(path):
         return parse_circuit(sg.read_bytes(path).decode("utf-8", "surrogatepass"))
     except FileNotFoundError as e:
         raise sg.UserError(f"no file {path}; make one with: python prune.py TASK") from e
-    except OSError as e:
-        raise sg.UserError(f"cannot read {path}: {e.strerror or e}") from e
     except Exception as e:  # what is forged may fail anywhere
-        raise sg.UserError(f"{path} is damaged or not a circuit ({type(e).__name__}: {e})") from e
+        raise sg.UserError(f"{path} cannot be read, or is damaged or no circuit "
+                           f"({type(e).__name__}: {e})") from e
 
 
 def verify(circuit, context):
@@ -1673,16 +1668,12 @@ def saved_path(name, given):
     return included
 
 
-def draw(path, circuit):
-    """Write the page and the graph beside a circuit's file. Returns their endings. Without
-    extras/ a line on stderr says so."""
+def drawing():
+    """The module extras/draw.py, or None; a line on stderr then says so, once."""
     try:
-        drawing = sg.extra("draw", "no page is drawn")
+        return sg.extra("draw", "nothing is drawn")
     except sg.UserError as e:
         say_once(str(e))
-        return ""
-    drawing.write(path, circuit)
-    return ", .html and .dot"
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -1731,7 +1722,8 @@ def prune_one(context, settings, folder, seeds, task):
     text = "{nodes} nodes, {edges} edges".format(**circuit.report["size"])
     text += ", kept from an earlier run" * kept
     try:
-        draw(path, circuit)  # also of an earlier run, which may have been stopped before it drew
+        if pages := drawing():  # also of an earlier run, which may have stopped before it drew
+            pages.write(path, circuit)
     except Exception as e:  # the others are pruned all the same
         text += f", not drawn ({type(e).__name__}: {e})"
     return task, circuit, text
@@ -1745,10 +1737,10 @@ def prune_all(context, settings, folder, seeds, workers, log=print):
         rows[task] = row
         left = (time.perf_counter() - began) * (n - i) / i
         log(f"{i:>2} of {n}  {task:<28} {row[1]}; {sg.clock(left)} left")
-    path = Path(folder, "summary.html")
     log(f"\n{summary(rows)}")
-    sg.extra("draw", "no summary is drawn").write_summary(path, rows)
-    log(f"wrote {path}, which shows all of them")
+    if pages := drawing():
+        pages.write_summary(Path(folder, "summary.html"), rows)
+        log(f"wrote {Path(folder, 'summary.html')}, which shows all of them")
 
 
 def node_and_value(text):
@@ -1860,24 +1852,16 @@ def act(argv):
         return int(bool(wrong))
     if mode == "search":
         return act_search(given, model, settings)
-    print("\n".join(answer(mode, given, model, settings, circuit)))
-    return 0
-
-
-def answer(mode, given, model, settings, circuit):
-    """Lines of text on a question to a model or a circuit."""
-    questions = sg.extra("questions", "no questions are answered")
-    if mode == "explain":
-        return questions.explain(circuit, model, given["explain"])
-    if mode == "ask":
-        return questions.ask(circuit, model, given["ask"], given.get("answers"))
-    if mode == "trace":
-        return questions.trace(model, given["trace"], given.get("answers"))
-    if mode == "list":
-        return questions.overview(model, given.get("out", "circuits"))
+    questions, answers = sg.extra("questions", "no questions are answered"), given.get("answers")
     values = given.get("set", [(name, None) for name in given.get("ablate", ())])
     values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
-    return questions.intervene(model, given["task"], values, settings)
+    print("\n".join(
+        questions.explain(circuit, model, given["explain"]) if mode == "explain" else
+        questions.ask(circuit, model, given["ask"], answers) if mode == "ask" else
+        questions.trace(model, given["trace"], answers) if mode == "trace" else
+        questions.intervene(model, task, values, settings) if values else
+        questions.overview(model, given.get("out", "circuits"))))
+    return 0
 
 
 def act_search(given, model, settings):
@@ -1894,10 +1878,11 @@ def act_search(given, model, settings):
             prune_all(context, settings, folder, seeds, workers)
             return 0
         circuit = find(context, task, settings, folder, seeds, workers, "verbose" in given, print)
-        endings = draw(folder / f"{task}.json", circuit)
+        if pages := drawing():
+            pages.write(folder / f"{task}.json", circuit)
     *flags, out = (f" --{name} {shlex.quote(given[name])}" if name in given else ""
                    for name in ("tasks", "model", "out"))
-    print(f"\nwrote {folder / task}.json{endings}; "
+    print(f"\nwrote {folder / task}.json{', .html and .dot' if pages else ''}; "
           f"{next_commands(circuit, ''.join(flags), out)}")
     return 0
 
