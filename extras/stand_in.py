@@ -29,23 +29,18 @@ class Strict:
     """An array that meets NumPy only through `get`, as one on a GPU; sums stay here too."""
     __array_ufunc__ = None  # np.exp(x) is refused, and host + x asks x.__radd__, which refuses too
 
-
     def __init__(self, a):
         self.a = a
 
-
     def __array__(self, *_, **__):
         raise TypeError("implicit conversion to a host array")
-
 
     def __getitem__(self, at):  # CuPy takes host arrays as indices
         at = tuple(getattr(i, "a", i) for i in (at if isinstance(at, tuple) else (at,)))
         return Strict(np.asarray(self.a[at]))
 
-
     def __setitem__(self, at, value):
         self.a[bare(at)] = bare(value)
-
 
     def get(self):
         return self.a.copy()
@@ -66,10 +61,9 @@ class StrictModule:
     """The array module of Strict: those of NumPy's functions that CuPy has too."""
     asarray = staticmethod(lambda x, *d: x if isinstance(x, Strict) else Strict(np.array(x, *d)))
 
-
     def __getattr__(self, name):
-        if name not in """add arange ascontiguousarray concatenate copysign cumsum einsum empty exp
-                full full_like log maximum ones ones_like partition sqrt tile where zeros
-                zeros_like""".split():
+        if name not in """add arange ascontiguousarray concatenate copysign count_nonzero cumsum
+                einsum empty exp full full_like log maximum ones ones_like partition sqrt tile
+                where zeros zeros_like""".split():
             raise AttributeError(f"the stand-in has no {name}; add it if CuPy has it")
         return device(getattr(np, name))

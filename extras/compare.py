@@ -1,36 +1,33 @@
 """Compare the sizes of circuits in several models, at ten target losses (paper Figures 2, 31, 32).
 
-    python -m docs.compare out/dense.npz out/sparse.npz [--tasks var_if for_while]
+    python -m extras.compare out/dense.npz out/sparse.npz [--tasks var_if for_while]
 
 Run it from the repository's root. One model gives its sizes alone. circuits/compare.json keeps
 finished rows; compare.html shows the result. Models that differ only in their seeds are pooled. A
 size is that of the smallest circuit by rank: every nonzero weight between its nodes counts.
 """
-import argparse
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while the modules load
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python extras/compare.py
 import dataclasses
 import functools
-import html
 import json
 import math
 import os
-import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 from statistics import geometric_mean
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python docs/compare.py` runs too
-
-from docs import program
-
-program.end_quietly(__name__)
+import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
 import numpy as np
 
 import prune
-import sparsegpt as sg
 import tasks
-from docs import record, show
-from docs.program import clock
+from extras import draw
 
 SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
 AIMS = (0.15, 0.05)  # targets that masks are trained for
@@ -70,13 +67,13 @@ def compare_one(contexts, settings, job):
     context, name = contexts[job[0]], job[1]
     row = dict(EMPTY, model=context.fingerprint, task=name, points=[], by_attribution=[])
     try:
-        task = prune.PruningTask(context.model, context.frozen, name, settings)
+        task = prune.PruningTask(context.model, context.frozen_values, name, settings)
     except prune.CannotPrune:
         return row
     row["full"] = task.full_loss()
     if not row["full"] <= max(SWEEP):  # nor is NaN
         return row
-    progress, order = program.Progress(), prune.rank_by_attribution(task)
+    progress, order = sg.Progress(), prune.rank_by_attribution(task)
     for target, mask, (nodes, edges) in curve(task, progress):
         point = dict(task=name, target=target)
         row["points"].append(dict(point, nodes=nodes, edges=edges))
@@ -95,83 +92,84 @@ def compare_one(contexts, settings, job):
 
 # ---- several models -----------------------------------------------------------------------------
 
-def compare(contexts, settings, folder, workers, names, log=print):
-    """Prune the named tasks in all models alike and report size against loss. What compare.json
-    has, of these models or others, is kept. Raises UserError if it is of other settings."""
-    path, began = Path(folder, "compare.json"), time.perf_counter()
+def compare(contexts, settings, path, workers, names, log=print):
+    """Prune the named tasks in all models alike and report size against loss. What compare.json,
+    the path, has of these models or others is kept. Raises UserError if it is of other settings."""
+    began, rows, known = time.perf_counter(), [], {}
     head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
                                       aims=AIMS)))
-    old = head | dict(rows=[], models=[])
     if path.exists():
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-            record.fit(old["rows"], [record.ROW])
-            record.fit(old["models"], [record.MODEL])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise sg.UserError(f"{path} exists but is not a comparison ({type(e).__name__}: {e}); "
-                               "choose another --out") from e
-    rows, known = old["rows"], {m["model"]: m for m in old["models"]}
-    if any(old.get(key) != value for key, value in head.items()):
-        raise sg.UserError(f"{path} is of other settings: choose another --out, or delete it")
+        rows, known = read(path, head)
 
     def save():
-        program.write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
+        sg.write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
 
     prints = [context.fingerprint for context in contexts]
     finished = {(row["model"], row["task"]) for row in rows}
     jobs = [(prints.index(model), task) for task in names for model in dict.fromkeys(prints)
             if (model, task) not in finished]
-    models = describe(contexts, known)  # before the work: the text may have changed
+    models = facts(contexts, known)  # before the work: the text may have changed
     known |= {m["model"]: m for m in models}
     one = functools.partial(compare_one, contexts, settings)
-    for n, row in enumerate(prune.on_cores(one, jobs, workers), 1):
+    for n, row in enumerate(prune.on_cores(one, jobs, workers, in_order=False), 1):
         rows.append(row)
         save()
         left = (time.perf_counter() - began) / n * (len(jobs) - n)
         edges = edges_of(row, "points", settings.target)
         log(f"{n:>3} of {len(jobs)}  {contexts[prints.index(row['model'])].model.cfg.out:<20} "
-            f"{row['task']:<27} {'no' if edges is None else edges} edges; {clock(left)} left")
+            f"{row['task']:<27} {'no' if edges is None else edges} edges; {sg.clock(left)} left")
     save()
-    kinds, shown = by_kind(models), [row for row in rows if row["task"] in names]
-    text = comparison(kinds, shown, settings.target)
+    text, page = result(by_kind(models), [row for row in rows if row["task"] in names],
+                        settings.target)
     log(text)
-    curves = {kind[0]["name"]: [dict(p, task=f"{p['task']} {i or ''}") for i, m in enumerate(kind)
-                                for row in shown if row["model"] == m["model"]
-                                for p in row["points"]] for kind in kinds}
-    program.write_text(path.with_suffix(".html"), show.document(
-        "Circuits compared", "<p>Edges: nonzero weights between two kept nodes, not cleaned.</p>",
-        plot(curves) if all(curves.values()) else "", f"<pre>{html.escape(text)}</pre>"))
+    sg.write_text(path.with_suffix(".html"), page)
     log(f"wrote {path} and .html")
+
+
+def read(path, head):
+    """(rows, {fingerprint: facts of a model}) of a compare.json. Raises UserError if it is of
+    other settings than head, or not a comparison."""
+    try:
+        saved = json.loads(sg.read_bytes(path))
+        known = {m["model"]: m for m in saved["models"]}
+        rows = [row for row in saved["rows"] if row["model"] in known]
+        for m in known.values():  # what cannot be shown must not end a comparison after hours
+            result([[m]], rows, head["settings"]["target"])
+        other = any(saved[key] != value for key, value in head.items())
+    except Exception as e:  # it may be damaged in any way
+        raise sg.UserError(f"{path} exists but is not a comparison ({type(e).__name__}: {e}); "
+                           "choose another --out") from e
+    if other:
+        raise sg.UserError(f"{path} is of other settings: choose another --out, or delete it")
+    return rows, known
 
 
 def kurtosis(model, ids):
     """The median kurtosis of the channels of the final normed residual stream, on ids [n, T]: 3
     for a Gaussian, more with heavier tails (paper Figure 10)."""
-    hook = prune.Recorder()
-    sg.forward(model.params, ids, model.cfg, hook)
-    x = sg.to_host(hook.seen["final"]).astype(np.float64)
+    x = sg.to_host(prune.observe(model, ids)[1]["final"]).astype(np.float64)
     x = (x - x.mean(0))[:, x.std(0) > 0]
     return float(np.median((x ** 4).mean(0) / (x ** 2).mean(0) ** 2)) if x.size else math.nan
 
 
-def describe(contexts, known):
+def facts(contexts, known):
     """[what the tables say of each model]. known: {fingerprint: the same from an earlier run}."""
     out, corpora = [], {}
     for context in contexts:
         model, cfg = context.model, context.model.cfg
+        own = dict(name=cfg.out, model=context.fingerprint, kind=kind_of(cfg), seed=cfg.seed)
         if context.fingerprint in known:
-            out.append(dict(known[context.fingerprint], name=cfg.out))
+            out.append(known[context.fingerprint] | own)
             continue
         data = cfg.data, cfg.max_mb, cfg.idioms > 0, cfg.late, cfg.vocab_size
         if data not in corpora:  # to tokenize it takes long
-            corpora[data] = tasks.load_corpus(cfg, lambda line: None)
+            corpora[data] = sg.load_corpus(cfg, lambda line: None)
         if corpora[data].tok.merges != model.tok.merges:
             raise sg.UserError(f"{cfg.out} was trained on another text than --data {cfg.data} now")
         loss, streams = sg.evaluate(model.params, corpora[data].val, cfg, 256)
         out.append(dict(
-            name=cfg.out, model=context.fingerprint, kind=kind_of(cfg), seed=cfg.seed,
-            d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=loss, **streams,
-            kurtosis=kurtosis(model, model.text[:16]),
+            own, d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=loss,
+            **streams, kurtosis=kurtosis(model, model.text[:16]),
             nonzero=sum(int((model.params[name] != 0).sum()) for name in prune.matrices(cfg))))
     return out
 
@@ -182,7 +180,7 @@ def kind_of(cfg):
 
 
 def by_kind(models):
-    """The dicts of `describe` in lists of one kind, by seed. A repeated model starts a list."""
+    """The dicts of `facts` in lists of one kind, by seed. A repeated model starts a list."""
     out = []
     for m in models:
         home = next((kind for kind in out if kind[0]["kind"] == m["kind"]
@@ -194,6 +192,17 @@ def by_kind(models):
 
 
 # ---- tables -------------------------------------------------------------------------------------
+
+def result(kinds, rows, target):
+    """(text, HTML page) of the comparison of models. kinds: see `by_kind`."""
+    text = comparison(kinds, rows, target)
+    curves = {kind[0]["name"]: [dict(p, task=f"{p['task']} {i or ''}") for i, m in enumerate(kind)
+                                for row in rows if row["model"] == m["model"]
+                                for p in row["points"]] for kind in kinds}
+    return text, draw.document(
+        "Circuits compared", "<p>Edges: nonzero weights between two kept nodes, not cleaned.</p>",
+        plot(curves) if all(curves.values()) else "", f"<pre>{draw.lines_of(text)}</pre>")
+
 
 def edges_of(row, kind, target):
     """The edges of a row's circuit, or None. kind: "points", "by_attribution" or "cleaned"."""
@@ -317,10 +326,10 @@ def plot(curves):
     for look, wide, opacity, name, line in lines:
         way = "L".join(f"{x[t]} {y[line[t]]}" for t in targets if t in line)
         out.append(f'<path class="{look}" stroke-width="{wide}" opacity="{opacity}" d="M{way}">'
-                   f"<title>{show.visible(name, ' ')}</title></path>")
+                   f"<title>{draw.visible(name)}</title></path>")
     for i, (look, name) in enumerate(zip(looks, curves)):
         out.append(f'<path class="{look}" stroke-width="3" d="M{80 + 200 * i} 16h24"/><text y="20"'
-                   f' x="{110 + 200 * i}" style="text-anchor:start">{html.escape(name)}</text>')
+                   f' x="{110 + 200 * i}" style="text-anchor:start">{draw.visible(name)}</text>')
     out.append('<text x="46" y="20">edges</text><text x="320" y="380">target loss, and the number '
                "of tasks that all models reach at it (bold: their mean)</text></svg>")
     return "".join(out)
@@ -328,25 +337,24 @@ def plot(curves):
 
 # ---- command line -------------------------------------------------------------------------------
 
-def run(argv):
+def act(argv):
     """What `main` does, if nothing goes wrong."""
-    parser = program.Parser(description="Compare the sizes of circuits in several models.",
-                          argument_default=argparse.SUPPRESS)
+    parser = sg.Parser(description="Compare the sizes of circuits in several models.")
     parser.add_argument("models", nargs="+", metavar="FILE", help="checkpoints")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all")
     parser.add_argument("--out", help="folder for compare.json and .html (default circuits)")
     parser.add_argument("--data", default=sg.Config.data, help="what the models were trained on "
                         "(default stdlib)")
-    prune.add_settings(parser, ("mean", "zero", "resample"))
+    prune.add_settings(parser, [*prune.ABLATIONS, "resample"])
     given = vars(parser.parse_args(argv))
-    settings, folder = prune.settings_of(given), given.get("out", "circuits")
+    settings, folder = prune.settings_of(given), Path(given.get("out", "circuits"))
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
     sg.keep_freed_memory()
     if settings.target not in SWEEP:
         raise sg.UserError(f"--target must be one of {', '.join(map(str, SWEEP))}")
     for task in given.get("tasks", ()):
-        tasks.pairs(task, 1)  # raises UserError on an unknown task
-    models = [prune.load_model(path) for path in given["models"]]
+        tasks.pairs(task, 1)  # raises TaskError on an unknown task
+    models = [sg.load_model(model) for model in given["models"]]
     if other := [m.cfg for m in models if m.cfg.data != given["data"]]:  # no file decides it
         raise sg.UserError(f"{other[0].out} was trained on --data {other[0].data}: name it")
     if any(m.tok.merges != models[0].tok.merges for m in models):
@@ -355,10 +363,10 @@ def run(argv):
     if len(kinds) > 8 or len(set(map(len, kinds))) > 1:
         raise sg.UserError("give at most 8 models, and equally many seeds of each; these have "
                            f"{', '.join(str(len(kind)) for kind in kinds)}")
-    program.check_output(Path(folder, "compare.json"))
-    program.refuse_others(Path(folder, "compare"), ".html")
-    with program.locked(folder):
-        compare([prune.ModelContext(m, settings.ablation) for m in models], settings, folder,
+    folder.mkdir(parents=True, exist_ok=True)
+    with sg.locked(folder):
+        compare([prune.ModelContext(m, settings.ablation) for m in models], settings,
+                sg.check_output(folder / "compare.json"),
                 max(m.cfg.threads or sg.n_cores() for m in models),
                 list(dict.fromkeys(given.get("tasks", tasks.TASKS))))
     return 0
@@ -366,8 +374,8 @@ def run(argv):
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
-    return program.command("docs/compare.py", run, argv, "finished rows are kept; the same command"
-                           " continues")
+    return sg.command("extras/compare.py", act, argv, "finished rows are kept; the same command "
+                      "continues")
 
 
 if __name__ == "__main__":

@@ -79,31 +79,32 @@ extern "C" __global__ void rmsnorm_backward(int rows, const float* dout, const f
         dx[at + i] = (dout[at + i] - out[at + i] * sum) * scale[row];
 }
 
-// e: logits, which become the softmax over the keys that the query sees, and 0 for the others.
-extern "C" __global__ void softmax(int rows, float* e, const float* sink, float* to_sink,
-                                   int queries, int heads) {
+// e: the softmax over the keys that the query sees, and 0 for the others.
+extern "C" __global__ void softmax(int rows, const float* x, float* e, const float* sink,
+                                   float* to_sink, int queries, int heads) {
     ROW;
-    e += (long long)row * queries;
+    x += (long long)row * queries, e += (long long)row * queries;
     int last = row % queries;  // the last key that this query sees
     float own = sink[row / queries % heads], top = own, sum = 0;
-    for (int i = lane; i <= last; i += 32) top = fmaxf(top, e[i]);
+    for (int i = lane; i <= last; i += 32) top = fmaxf(top, x[i]);
     for (int s = 16; s; s /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, s));
-    for (int i = lane; i <= last; i += 32) sum += e[i] = expf(e[i] - top);
+    for (int i = lane; i <= last; i += 32) sum += e[i] = expf(x[i] - top);
     own = expf(own - top);
     sum = warp_sum(sum) + own;
     for (int i = lane; i < queries; i += 32) e[i] = i <= last ? e[i] / sum : 0;
     if (lane == 0) to_sink[row] = own / sum;
 }
 
-extern "C" __global__ void softmax_backward(int rows, float* d, const float* weights,
-                                            float* along, int queries) {
+extern "C" __global__ void softmax_backward(int rows, const float* d, const float* weights,
+                                            float* out, float* along, int queries) {
     ROW;
-    d += (long long)row * queries, weights += (long long)row * queries;
+    long long at = (long long)row * queries;
+    d += at, weights += at, out += at;
     int last = row % queries;
     float sum = 0;
     for (int i = lane; i <= last; i += 32) sum += d[i] * weights[i];
     sum = warp_sum(sum);
-    for (int i = lane; i < queries; i += 32) d[i] = i <= last ? (d[i] - sum) * weights[i] : 0;
+    for (int i = lane; i < queries; i += 32) out[i] = i <= last ? (d[i] - sum) * weights[i] : 0;
     if (lane == 0) along[row] = sum;
 }
 

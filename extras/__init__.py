@@ -1,0 +1,1 @@
+"""Beside the three programs: drawings, questions, comparisons, kernels for a GPU."""

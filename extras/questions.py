@@ -1,0 +1,336 @@
+"""Asks a model and its circuits: what they answer, along which paths, and what changes if a node
+does. The command line is that of prune.py:
+
+    python prune.py single_double_quote --ask 'print("hello'      # needs the circuit to be found
+    python prune.py single_double_quote --ablate h0.neuron.17     # the model, without a node
+    python prune.py --trace 'x = f("hello'                        # needs no task and no circuit
+    python prune.py --trace 'print("hello' --answers '")' "')"
+
+Every question returns lines of text.
+"""
+import heapq
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import prune
+import sparsegpt as sg
+import tasks
+
+
+# ---- of a circuit -------------------------------------------------------------------------------
+
+def frozen_values(circuit, model):
+    """The values of a circuit's deleted nodes, by node."""
+    return prune.ModelContext(model, circuit.settings.ablation).frozen_values
+
+
+def explain(circuit, model, text=None, columns=5):
+    """The value of each of a circuit's nodes at each token of its pair of prompts, or of a prompt
+    of one's own. Nodes that are alike on both prompts of the pair are left out."""
+    example, lines = circuit.report["example"], []
+    if text is not None:
+        example, _ = prune.pair_readings(model, circuit.mask, frozen_values(circuit, model),
+                                         prune.own_prompt(model, text), {})
+    names = list(example["values"])
+    if text is None:
+        names = sg.extra("draw", "prompts are not compared").differing(example)
+        if left := len(example["values"]) - len(names):
+            lines.append(f"{left} nodes that do not differ between the prompts are left out")
+    both = range(len(example["prompts"]))
+    for start, p in itertools.product(range(0, len(names), columns), both):
+        some = names[start:start + columns]
+        lines += ["", f"prompt {p + 1}, right answer {example['answers'][p]}, margin "
+                  f"{example['margins'][p]:+.3f}" if text is None else "",
+                  " " * 14 + "".join(f"{x:>16}" for x in some)]
+        lines += [f"{token:<14}" + "".join(f"{example['values'][name][p][t]:>16.3f}"
+                                           for name in some)
+                  for t, token in enumerate(example["prompts"][p])]
+    return lines or ["the circuit has no nodes"]
+
+
+def ask(circuit, model, texts, answers=None):
+    """Of each prompt: the full model's five likeliest next tokens; and to which of two answers it
+    and the circuit lean. The two are the given ones, or else those of the task's pairs that the
+    full model finds likeliest there. Raises UserError on an unusable prompt."""
+    s, lines, tok = circuit.settings, [], model.tok
+    frozen = frozen_values(circuit, model)
+    pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
+    known = np.unique(np.stack([pool.right, pool.wrong], 1)[pool.sign > 0], axis=0)
+
+    def quoted(i):
+        return f"`{prune.token(model, i)}`"
+
+    for text in texts:
+        one = prune.own_prompt(model, text, answers)
+        two = np.stack([one.right, one.wrong], 1) if answers else known
+        runner = prune.PlainRunner(model, frozen, one)
+        full, own = (runner.logits(mask)[0, :len(tok.bytes)].astype(float)
+                     for mask in (prune.every_node(model.cfg), circuit.mask))
+        p = np.exp(full - full.max())
+        p /= p.sum()
+        first, second = max(two, key=lambda pair: p[pair].sum())
+        leans = [logits[first] - logits[second] for logits in (full, own)]
+        same = "" if leans[0] * leans[1] > 0 else ": they DISAGREE"
+        top = ", ".join(f"{quoted(i)} {p[i]:.1%}" for i in np.argsort(-p)[:5])
+        lines += [sg.one_line(tok.decode(one.ids[0][1:])),  # with what the answers share
+                  f"    the full model's likeliest: {top}",
+                  f"    logit of {quoted(first)} less that of {quoted(second)}: full model "
+                  f"{leans[0]:+.3f}, circuit {leans[1]:+.3f}{same}"]
+    return lines
+
+
+# ---- of a model ---------------------------------------------------------------------------------
+
+def intervene(model, task, values, settings):
+    """The full model on a task, unchanged and with nodes frozen at values, {node number: value, or
+    None for its mean}."""
+    prompts = prune.make_prompts(model, task, settings.search_pairs, settings.seed)
+    every, frozen = prune.every_node(model.cfg), prune.mean_activations(model, model.text)
+    for node, value in values.items():
+        frozen[node] = frozen[node] if value is None else value
+    runner = prune.PlainRunner(model, frozen, prompts)
+    margins = [prune.margins(runner.logits(mask), prompts)
+               for mask in (every, every.without(values))]
+    lines = [f"full model on {len(prompts.last)} prompts of {task}, unchanged and changed:"]
+    lines += [f"    loss {prune.logistic(m):.4f}, accuracy {(m > 0).mean():.1%}" for m in margins]
+    for sign, right, wrong in ((1, "first", "second"), (-1, "second", "first")):
+        before, after = (m[prompts.sign == sign] for m in margins)
+        flipped = ((before > 0) & (after <= 0)).sum()
+        lines.append(f"of {len(before)} prompts that should get the {right} answer, {flipped} "
+                     f"flip to the {wrong}; mean margin {before.mean():+.3f}, then "
+                     f"{after.mean():+.3f}")
+    return lines
+
+
+def overview(model, folder):
+    """The tasks with the model's binary loss, and the circuits in a folder."""
+    lines, scores = [f"{'task':<28}    loss   circuit in {folder}"], sg.evaluate_tasks(model)
+    for task in tasks.TASKS:
+        path, found = Path(folder, f"{task}.json"), "-"
+        try:
+            if path.exists():
+                circuit = prune.load_circuit(path)
+                found = "{nodes} nodes, {edges} edges".format(**circuit.report["size"])
+                if circuit.task != task:
+                    found = "of another task"
+                elif not circuit.is_of(model):
+                    found = "of another model"
+            elif task not in scores:
+                prune.make_prompts(model, task, 100, 0)  # raises what is wrong with the task
+        except (ValueError, OSError) as e:
+            found = sg.one_line(str(e))[:150]
+        loss = f"{scores[task].binary:8.3f}" if task in scores else "       -"
+        lines.append(f"{task:<28}{loss}   {found}")
+    return lines
+
+
+# ---- paths through the full model ---------------------------------------------------------------
+# The difference of two logits is taken apart, from the logits back: weight x value x its effect on
+# that difference per unit. What is not linear is held as it is on this prompt: attention patterns,
+# the scales of norms, AbsTopK's choice, and an activation's output over its input. So the parts of
+# a node add up to it, down to tokens and biases.
+
+NORMS = {"attn_in": "norm1", "mlp_in": "norm2"}  # whose scale is part of the gate of a site
+
+
+@dataclass
+class Branch:
+    """The end of a path. node: (site, t, c), or None for a token, a position or a bias, which has
+    a name. slope: the difference of the logits per unit of the node, along this path."""
+    amount: float
+    node: tuple | None = None
+    slope: float = 0.0
+    name: str = ""
+    children: list = field(default_factory=list)
+
+
+class Traced:
+    """One prompt in the full model. value: {site: [T, C]}; gate: value over what it is made of,
+    the residual stream or a matrix's output."""
+
+    def __init__(self, model, ids):
+        self.model, self.ids = model, ids
+        self.p = {name: sg.to_host(w).astype(float) for name, w in model.params.items()}
+        logits, seen, cache = prune.observe(model, ids[None])
+        self.logits = sg.to_host(logits)[0, -1].astype(float)
+        self.value = {site: sg.to_host(x).astype(float) for site, x in seen.items()}
+        self.attention = {f"h{i}": prune.attention_weights(cache, i)[0]
+                          for i in range(model.cfg.n_layer)}
+        self.gate = {site: (x != 0).astype(float) for site, x in self.value.items()}
+        for site, x in self.value.items():
+            h, _, kind = site.rpartition(".")
+            if prune.link(site) == "reads":
+                norm = f"{h}.{NORMS[kind]}" if h else "norm"
+                self.gate[site] *= sg.to_host(cache[norm][1])
+            elif prune.link(site) != "adds":  # an activation may be between a matrix and these
+                source, w, b = self.made_by(site)
+                made_of = self.read(source) @ w + b
+                self.gate[site] = np.divide(x, made_of, np.zeros_like(x), where=made_of != 0)
+
+    def made_by(self, site):
+        """(site, w [in, out], b) that a site is made of. Raises ValueError if it is of more."""
+        cfg, part = self.model.cfg, prune.node_slices(self.model.cfg)[site]
+        if prune.link(site) in sg.SITES:  # of its channels, one by one
+            n = part.stop - part.start
+            return f"{site.split('.')[0]}.{prune.link(site)}", np.eye(n), np.zeros(n)
+        found = {name: m for name, m in prune.matrices(cfg).items() if part.start in m.target}
+        if len(found) != 1:
+            raise ValueError(f"{site} is made by {' and '.join(found) or 'no matrix'}")
+        [(name, m)] = found.items()
+        columns = (part.start <= m.target) & (m.target < part.stop)
+        source, _, _ = prune.node_name(m.source[0], cfg).rpartition(".")
+        return source, self.p[name][:, columns], self.p[m.bias][columns]
+
+    def read(self, site):
+        """The values of a site [T, C] as the next one gets them: v passes attention first."""
+        h, _, kind = site.rpartition(".")
+        if kind != "v":
+            return self.value[site]
+        heads = self.value[site].reshape(len(self.ids), -1, self.model.cfg.d_head)
+        weights = self.attention[h][:, :, :-1]  # without the sink
+        return np.einsum("hts,shd->thd", weights, heads).reshape(len(self.ids), -1)
+
+    def parts(self, node, slope):
+        """The branches of a node whose value is multiplied by slope further on."""
+        site, t, c = node
+        slope *= self.gate[site][t, c]
+        if prune.link(site) == "reads":
+            out = [Branch(slope * self.p["wte"][self.ids[t], c], name="the token")]
+            if "wpe" in self.p:
+                out.append(Branch(slope * self.p["wpe"][t, c], name="the position"))
+            before = itertools.takewhile(lambda other: other != site, self.value)
+            return out + [Branch(slope * self.value[w][t, c], (w, t, c), slope)
+                          for w in before if prune.link(w) == "adds"]
+        source, w, b = self.made_by(site)
+        out = [Branch(slope * b[c], name="bias")]
+        for i in np.flatnonzero(w[:, c]):
+            shares = {t: 1.0}  # of the input's positions
+            if source.endswith(".v"):
+                head = i // self.model.cfg.d_head
+                shares = dict(enumerate(self.attention[site.split(".")[0]][head, t, :t + 1]))
+            for at, share in shares.items():
+                factor = slope * w[i, c] * share
+                out.append(Branch(factor * self.value[source][at, i], (source, at, i), factor))
+        return out
+
+
+def follow(one, tree, known, share, most):
+    """Add to the branches of a tree what they are made of, the largest first, until `share` of all
+    amounts, signs aside, is followed to its end, or `most` nodes are. Returns (these nodes, the
+    share that is left). Raises ValueError on a node that is not the sum of its parts."""
+    heap = [(-abs(branch.amount), i, branch) for i, branch in enumerate(tree)]
+    heapq.heapify(heap)
+    followed, count, ended = set(), itertools.count(len(heap)), abs(known)
+    left = sum(abs(branch.amount) for branch in tree)
+    while heap and left > (1 - share) * (left + ended) and len(followed) < most:
+        branch = heapq.heappop(heap)[2]
+        left -= abs(branch.amount)
+        followed.add(branch.node)
+        branch.children += one.parts(branch.node, branch.slope)
+        amounts = [part.amount for part in branch.children]
+        if not abs(sum(amounts) - branch.amount) <= 1e-4 * sum(map(abs, amounts)):
+            raise ValueError(f"{branch.node[0]}.{branch.node[2]} is not the sum of its parts")
+        for part in branch.children:
+            if part.node is None:
+                ended += abs(part.amount)
+            else:
+                left += abs(part.amount)
+                heapq.heappush(heap, (-abs(part.amount), next(count), part))
+    return followed, left / (left + ended)
+
+
+def tree_lines(tree, followed, least, tokens):
+    """(lines, names of the nodes in them) of a tree. Branches under `least` are summed up as
+    others, and so are those that were not followed."""
+    lines, printed, seen = [], [], set()
+
+    def split(branches):  # (the large ones, largest first; the sum of the others)
+        large = [b for b in branches if abs(b.amount) >= least
+                 and (b.node is None or b.node in followed)]
+        return (sorted(large, key=lambda b: -abs(b.amount)),
+                sum(b.amount for b in branches) - sum(b.amount for b in large))
+
+    def add(branches, depth, t):
+        large, rest = split(branches)
+        for branch in large:
+            amount, names, here = branch.amount, [], t
+            while True:  # a chain of nodes with one large part each goes on one line
+                name, children = branch.name, branch.children
+                if branch.node:
+                    site, at, c = branch.node
+                    printed.append(f"{site}.{c}")
+                    name = printed[-1] + f" at `{tokens[at]}`" * (at != here)
+                    here = at
+                if branch.node in seen:
+                    names.append(name + ", as above")
+                    children = []
+                    break
+                seen.update([branch.node] if children else [])
+                names.append(name)
+                parts, others = split(children)
+                if len(parts) != 1 or abs(others) >= least:
+                    break
+                [branch] = parts
+            lines.append(f"{amount:+8.3f}  {'  ' * depth}{' <- '.join(names)}")
+            add(children, depth + 1, here)
+        if abs(rest) >= least:
+            lines.append(f"{rest:+8.3f}  {'  ' * depth}others")
+
+    add(tree, 0, len(tokens) - 1)
+    return lines, printed
+
+
+def deletions(model, prompt, amounts, difference):
+    """How the amounts of nodes correlate with what their deletion takes away. amounts: {name:
+    [(amount, slope)] of each of its paths}."""
+    cfg, means = model.cfg, prune.mean_activations(model, model.text)
+    runner, rows = prune.PlainRunner(model, means, prompt), []
+    for name, paths in amounts.items():
+        n = prune.node_number(name, cfg)
+        taken = sum(amount - slope * means[n] for amount, slope in paths)
+        changed = prune.margins(runner.logits(prune.every_node(cfg).without([n])), prompt)[0]
+        rows.append((taken, difference - changed))
+    if len(rows) < 3:
+        return ["too few nodes to check"]
+    return [f"check: over these {len(rows)} nodes, amounts (beyond the nodes' means) and what "
+            "deleting each node alone",
+            f"takes away from the difference have a correlation of "
+            f"{np.corrcoef(*zip(*rows))[0, 1]:.2f}"]
+
+
+def trace(model, text, answers=None, share=0.8, most=60):
+    """The paths that make the full model prefer its top token to the runner-up, or one of two
+    answers to the other, as a tree; and a check of it by deleting its nodes one at a time. share,
+    most: see `follow`. Raises UserError on an unusable prompt or an unknown forward pass."""
+    prompt = prune.own_prompt(model, text, answers)
+    [ids] = prompt.ids
+    try:
+        one, last = Traced(model, ids), len(ids) - 1
+        if not answers:
+            top = np.argsort(-one.logits[:len(model.tok.bytes)])
+            prompt = prompt._replace(right=top[:1], wrong=top[1:2])
+        [first], [second] = prompt.right, prompt.wrong
+        w, difference = sg.unembedding(one.p), one.logits[first] - one.logits[second]
+        slopes = w[:, first] - w[:, second]
+        tree = [Branch(slopes[c] * one.value["final"][last, c], ("final", last, c), slopes[c])
+                for c in np.flatnonzero(slopes)]
+        known = difference - sum(branch.amount for branch in tree)
+        followed, left = follow(one, tree, known, share, most)
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        raise sg.UserError("extras/questions.py does not know this model's forward pass "
+                           f"({type(e).__name__}: {e})") from e
+    lines, printed = tree_lines(tree, followed, 0.05 * abs(difference),
+                                [prune.token(model, i) for i in ids])
+    amounts, branches = {name: [] for name in printed}, list(tree)
+    for branch in branches:  # which grows
+        branches += branch.children
+        if branch.node and (name := f"{branch.node[0]}.{branch.node[2]}") in amounts:
+            amounts[name].append((branch.amount, branch.slope))
+    return [f"{sg.one_line(model.tok.decode(ids[1:]))}  ->  `{prune.token(model, first)}` less "
+            f"`{prune.token(model, second)}`: logits differ by {difference:+.3f}",
+            f"{known:+8.3f}  bigram table and biases", *lines,
+            f"not followed to its end: {left:.0%} of all amounts, signs aside",
+            *deletions(model, prompt, amounts, difference)]
