@@ -93,8 +93,8 @@ def compare_one(contexts, settings, job):
 # ---- several models -----------------------------------------------------------------------------
 
 def compare(contexts, settings, path, workers, names, log=print):
-    """Prune the named tasks in all models alike and report size against loss. What compare.json,
-    the path, has of these models or others is kept. Raises UserError if it is of other settings."""
+    """Prune the named tasks in all models alike and report size against loss. path: compare.json;
+    what it has of these models or others is kept. Raises UserError if it is of other settings."""
     began, rows, known = time.perf_counter(), [], {}
     head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
                                       aims=AIMS)))

@@ -6,7 +6,6 @@ order of the columns. A site that is not in it has a column of its own, after th
 import html
 import math
 from collections import Counter, defaultdict, namedtuple
-from pathlib import Path
 from statistics import fmean
 
 import prune
@@ -65,9 +64,8 @@ Box = namedtuple("Box", "column site channel")
 
 def write(path, circuit):
     """Write the page and the graph of a circuit beside its file: path with .html and .dot."""
-    texts = {".html": page(circuit), ".dot": dot(circuit.report)}
-    for suffix, text in texts.items():
-        sg.write_text(Path(path).with_suffix(suffix), text)
+    sg.write_text(path.with_suffix(".html"), page(circuit))
+    sg.write_text(path.with_suffix(".dot"), dot(circuit.report))
 
 
 def write_summary(path, rows):
@@ -99,7 +97,7 @@ def document(title, *body, note=""):
 # ---- the circuit as boxes and links -------------------------------------------------------------
 
 def steps():
-    """{site of a block: (place of its column, title)}. The sites that a matrix writes share one."""
+    """{site of a block: (place of its column, title)}. The sites of one matrix share a column."""
     columns = []
     for site in sg.SITES:
         if not columns or site not in columns[-1]:

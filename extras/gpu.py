@@ -115,7 +115,8 @@ def softmax(logits, sink):
     weights = cupy.empty(logits.shape, logits.dtype)
     sink_share = cupy.empty((B, H, T, 1), logits.dtype)
     own = cupy.full(H, -math.inf, logits.dtype) if sink is None else sink
-    run_rows(cuda("softmax"), B * H * T, logits, weights, own, sink_share, np.int32(T), np.int32(H))
+    run_rows(cuda("softmax"), B * H * T, logits, weights, own, sink_share, np.int32(T),
+             np.int32(H))
     return weights, (weights, sink_share)
 
 
