@@ -204,11 +204,11 @@ def result(kinds, rows, target):
         plot(curves) if all(curves.values()) else "", f"<pre>{draw.lines_of(text)}</pre>")
 
 
-def edges_of(row, kind, target):
-    """The edges of a row's circuit, or None. kind: "points", "by_attribution" or "cleaned"."""
-    if kind == "cleaned":
+def edges_of(row, which, target):
+    """The edges of a row's circuit, or None. which: "points", "by_attribution" or "cleaned"."""
+    if which == "cleaned":
         return row["cleaned"] and row["cleaned"]["edges"]
-    return next((p["edges"] for p in row[kind] if p["target"] == target), None)
+    return next((p["edges"] for p in row[which] if p["target"] == target), None)
 
 
 def interval(values, groups, draws=10_000):
@@ -225,31 +225,31 @@ def comparison(kinds, rows, target):
     """The tables of `compare`, as text. Kinds of models are A, B and so on; seeds are pooled."""
     by = {(row["model"], row["task"]): row for row in rows}
     names = [task for task in tasks.TASKS if task in {row["task"] for row in rows}]
-    letters, runs = "ABCDEFGH"[:len(kinds)], list(zip(*kinds))  # a run: one model of each kind
+    letters, matched = "ABCDEFGH"[:len(kinds)], list(zip(*kinds))  # one of each kind, by seed
     out = ["", f"{'':<4}{'model':<26} width density  AbsTopK nonzero edges  kurtosis  "
            "validation loss (code, idioms)"]
     for letter, kind in zip(letters, kinds):
         out += [f"{letter:<4}{m['name']:<26} {m['d_model']:>5} {m['density']:>7.4g} "
                 f"{m['afrac']:>8.4g} {m['nonzero']:>13,}  {m['kurtosis']:>8.1f}  {m['loss']:.4f} "
                 f"({m['code']:.4f}, {m.get('idioms', math.nan):.4f})" for m in kind]
-    for run in runs:
-        ratio = max(m["loss"] for m in run) / min(m["loss"] for m in run)
+    for models in matched:
+        ratio = max(m["loss"] for m in models) / min(m["loss"] for m in models)
         if ratio > 1.02:
-            out.append(f"WARNING: {', '.join(m['name'] for m in run)}: losses differ by "
+            out.append(f"WARNING: {', '.join(m['name'] for m in models)}: losses differ by "
                        f"{ratio - 1:.1%}, more than 2 %: not a matched comparison")
 
     def row_of(m, task):
         return by.get((m["model"], task), EMPTY)
 
     def means(title, choices):
-        """Lines of geometric means over the tasks that all models of a run reach."""
+        """Lines of geometric means over the tasks that all matched models reach."""
         lines = ["", f"{title:<22} tasks" + "".join(f"{'edges ' + c:>10}" for c in letters)
                  + "".join(f"{'A/' + c:>8} {'95 % interval':>15} {'median':>7}"
-                           + "  by seed" * (len(runs) > 1) for c in letters[1:])]
+                           + "  by seed" * (len(matched) > 1) for c in letters[1:])]
         for label, which, at, least in choices:
-            found = [(i, task, edges) for i, run in enumerate(runs) for task in names
-                     if None not in (edges := [edges_of(row_of(m, task), which, at) for m in run])
-                     and min(edges) >= least]
+            found = [(i, task, edges) for i, models in enumerate(matched) for task in names
+                     if None not in (edges := [edges_of(row_of(m, task), which, at)
+                                               for m in models]) and min(edges) >= least]
             if not found:
                 continue
             seeds, tasks_, edges = zip(*found)
@@ -260,9 +260,9 @@ def comparison(kinds, rows, target):
                 ratio = logs[:, 0] - logs[:, i]
                 ends = "{:.2f} to {:.2f}".format(*np.exp(interval(ratio, tasks_)))
                 line += f"{np.exp(ratio.mean()):>8.2f} {ends:>15} {np.exp(np.median(ratio)):>7.2f}"
-                if len(runs) > 1:
+                if len(matched) > 1:
                     line += "  " + " ".join(f"{np.exp(ratio[seeds == j].mean()):.2f}"
-                                            if j in seeds else "-" for j in range(len(runs)))
+                                            if j in seeds else "-" for j in range(len(matched)))
             lines.append(line)
         return lines
 
@@ -271,7 +271,7 @@ def comparison(kinds, rows, target):
                                     ("without 0 edges", "points", target, 1),
                                     ("cleaned", "cleaned", target, 0),
                                     ("attribution", "by_attribution", target, 0)])
-    wide, cell = (9, 8) if len(runs) == 1 else (18, 8 * len(runs))
+    wide, cell = (9, 8) if len(matched) == 1 else (18, 8 * len(matched))
     out += ["edges: geometric means over the tasks (of every seed) that all models reach; 0 "
             "counts as 1", "interval: of the mean ratio, if the tasks were drawn anew", "",
             f"{f'at {target:g}':<28}" + "".join(

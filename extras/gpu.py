@@ -50,15 +50,15 @@ def cuda(name, width=1024):
     return cupy.RawModule(code=code, options=(f"-DWIDTH={width}",)).get_function(name)
 
 
-def run_rows(kernel, n, *args):
-    """Run a kernel that takes a warp for each of n rows."""
+def launch_rows(kernel, n, *args):
+    """Launch a kernel that takes a warp for each of n rows."""
     kernel((-(-n // 4),), (32, 4), (np.int32(n), *args))
 
 
 def keep_k(x, k):  # any C, but the fewer the faster: a row's values stay in registers
     C = x.shape[-1]
     out, mask = cupy.empty(x.shape, x.dtype), cupy.empty(x.shape, bool)
-    run_rows(cuda("abstopk", C), x.size // C, cupy.ascontiguousarray(x), out, mask, np.int32(k))
+    launch_rows(cuda("abstopk", C), x.size // C, cupy.ascontiguousarray(x), out, mask, np.int32(k))
     return out, mask
 
 
@@ -99,14 +99,14 @@ def keep_largest(cuts, width):
 def rmsnorm(x, eps=1e-5):
     (N, C), x, out = x.shape, cupy.ascontiguousarray(x), cupy.empty(x.shape, x.dtype)
     scale = cupy.empty((N, 1), x.dtype)
-    run_rows(cuda("rmsnorm"), N, x, out, scale, np.int32(C), np.float32(eps))
+    launch_rows(cuda("rmsnorm"), N, x, out, scale, np.int32(C), np.float32(eps))
     return out, (out, scale)
 
 
 def rmsnorm_backward(dout, cache):
     out, scale = cache
     dout, dx = cupy.ascontiguousarray(dout), cupy.empty(out.shape, out.dtype)
-    run_rows(cuda("rmsnorm_backward"), len(out), dout, out, scale, dx, np.int32(out.shape[1]))
+    launch_rows(cuda("rmsnorm_backward"), len(out), dout, out, scale, dx, np.int32(out.shape[1]))
     return dx
 
 
@@ -115,7 +115,7 @@ def softmax(logits, sink):
     weights = cupy.empty(logits.shape, logits.dtype)
     sink_share = cupy.empty((B, H, T, 1), logits.dtype)
     own = cupy.full(H, -math.inf, logits.dtype) if sink is None else sink
-    run_rows(cuda("softmax"), B * H * T, logits, weights, own, sink_share, np.int32(T),
+    launch_rows(cuda("softmax"), B * H * T, logits, weights, own, sink_share, np.int32(T),
              np.int32(H))
     return weights, (weights, sink_share)
 
@@ -124,7 +124,7 @@ def softmax_backward(dout, cache):
     weights, sink_share = cache
     dout, dlogits = cupy.ascontiguousarray(dout), cupy.empty(dout.shape, dout.dtype)
     along = cupy.empty(sink_share.shape, dout.dtype)
-    run_rows(cuda("softmax_backward"), along.size, dout, weights, dlogits, along,
+    launch_rows(cuda("softmax_backward"), along.size, dout, weights, dlogits, along,
              np.int32(dout.shape[3]))
     return dlogits, -(along * sink_share).sum((0, 2, 3))
 
