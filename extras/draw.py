@@ -6,6 +6,7 @@ order of the columns. A site that is not in it has a column of its own, after th
 import html
 import math
 from collections import Counter, defaultdict, namedtuple
+from pathlib import Path
 from statistics import fmean
 
 import prune
@@ -64,8 +65,8 @@ Box = namedtuple("Box", "column site channel")
 
 def write(path, circuit):
     """Write the page and the graph of a circuit beside its file: path with .html and .dot."""
-    sg.write_text(path.with_suffix(".html"), page(circuit))
-    sg.write_text(path.with_suffix(".dot"), dot(circuit.report))
+    sg.write_text(Path(path).with_suffix(".html"), page(circuit))
+    sg.write_text(Path(path).with_suffix(".dot"), dot(circuit.report))
 
 
 def write_summary(path, rows):
