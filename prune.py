@@ -1504,7 +1504,7 @@ def summary(rows):
             full, own, size = r["losses"]["full"], r["losses"]["circuit"], r["size"]
             sizes.append([max(1, size["nodes"]), max(1, size["edges"])])
             cells = [full["search"]["binary"], own["search"]["binary"], own["held"]["binary"],
-                     size["nodes"], size["edges"], checks["necessity"]["loss"]]
+                     size["nodes"], size["edges"], checks["necessity"].get("loss", math.nan)]
             cells += ["-" if checks[name]["passed"] is None else
                       amount(checks[name]).removesuffix(" edges") for name in CONTROLS]
             text = "".join(f"{x:>10.3f}" if isinstance(x, float) else f"{x:>10}" for x in cells)
@@ -1720,25 +1720,21 @@ def prune_one(context, settings, folder, seeds, task):
     except CannotPrune as e:
         return task, None, f"not pruned: {e}"
     text = "{nodes} nodes, {edges} edges".format(**circuit.report["size"])
-    text += ", kept from an earlier run" * kept
-    try:
-        if pages := drawing():  # also of an earlier run, which may have stopped before it drew
-            pages.write(path, circuit)
-    except Exception as e:  # the others are pruned all the same
-        text += f", not drawn ({type(e).__name__}: {e})"
-    return task, circuit, text
+    return task, circuit, text + ", kept from an earlier run" * kept
 
 
 def prune_all(context, settings, folder, seeds, workers, log=print):
     """Prune every task, several at a time, and write the summary."""
     began, rows, n = time.perf_counter(), dict.fromkeys(tasks.TASKS), len(tasks.TASKS)
-    one = functools.partial(prune_one, context, settings, folder, seeds)
-    for i, (task, *row) in enumerate(on_cores(one, list(tasks.TASKS), workers, False), 1):
-        rows[task] = row
+    one, pages = functools.partial(prune_one, context, settings, folder, seeds), drawing()
+    for i, (task, circuit, text) in enumerate(on_cores(one, [*tasks.TASKS], workers, False), 1):
+        rows[task] = circuit, text
         left = (time.perf_counter() - began) * (n - i) / i
-        log(f"{i:>2} of {n}  {task:<28} {row[1]}; {sg.clock(left)} left")
+        log(f"{i:>2} of {n}  {task:<28} {text}; {sg.clock(left)} left")
+        if circuit and pages:
+            pages.write(Path(folder, f"{task}.json"), circuit)
     log(f"\n{summary(rows)}")
-    if pages := drawing():
+    if pages:
         pages.write_summary(Path(folder, "summary.html"), rows)
         log(f"wrote {Path(folder, 'summary.html')}, which shows all of them")
 
