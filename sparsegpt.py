@@ -6,12 +6,8 @@ zero. Source: Gao et al., "Weight-sparse transformers have interpretable circuit
     python sparsegpt.py --sample "def f("   # write code with the result
 
 Part I is the method, in plain array code that reads from top to bottom. Part II is the machinery
-around it. The file works alone, on text of yours: --data FILES --idioms 0.
-
-Most ops are `out, cache = op(x, ...)`, with `dx = op_backward(dout, cache)` under it. Functions
-without a backward are parts of ops. No op changes its input. Parameters are one flat array, of
-which the model sees named views. Zero weights are multiplied like any others; sparsity buys
-interpretability, not speed.
+around it. The file works alone, on text of yours: --data FILES --idioms 0. Zero weights are
+multiplied like any others; sparsity buys interpretability, not speed.
 
 Deliberate departures from the paper:
 - q, k and v share one matrix, and the gradient is divided by its RMS even where that is below 1,
@@ -32,11 +28,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-
 xp = np  # NumPy or CuPy. Other files read sparsegpt.xp, as `use_device` may rebind it.
 
 # =================================================================================================
@@ -46,13 +40,12 @@ xp = np  # NumPy or CuPy. Other files read sparsegpt.xp, as `use_device` may reb
 # batch_gradient: loss_and_grads over parts of a batch; parallel, in_chunks: on all cores; to_host.
 
 # ---- settings -----------------------------------------------------------------------------------
-
 def flag(default, text, choices=None):
     """A Config field, with the text that --help shows for it."""
     return dataclasses.field(default=default, metadata=dict(help=text, choices=choices))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides a run; every field is a flag. Raises UserError on a wrong value."""
     n_layer: int = flag(2, "blocks of attention and MLP")
@@ -62,8 +55,7 @@ class Config:
     vocab_size: int = flag(512, "tokens: 256 bytes, a separator and learned merges")
     act: str = flag("gelu", "activation of the MLP")
     afrac: float = flag(1 / 2, "share of channels that AbsTopK keeps at a site; 1: all")
-    positions: str = flag("relative", "relative: a logit per head and distance; learned; none",
-                          ("relative", "learned", "none"))
+    positions: str = flag("relative", "relative: by distance", ("relative", "learned", "none"))
     sink: bool = flag(True, "a learned attention sink per head")
     bigram: bool = flag(True, "a dense table of logits by the current token")
 
@@ -82,8 +74,7 @@ class Config:
     beta2: float = flag(0.95, "Adam: decay of the mean square")
     eps: float = flag(0.1, "Adam: added to the root mean square")
     weight_decay: float = flag(0.02, "decoupled decay of the matrices")
-    grad_scale: str = flag("divide", "divide the gradient by its RMS, or clip that to 1",
-                           ("divide", "clip"))
+    grad_scale: str = flag("divide", "divide by the gradient's RMS or clip it", ("divide", "clip"))
     idioms: float = flag(0.9, "share of the sequences drawn from generated idioms")
     seed: int = flag(0, "of initialisation, batches and samples")
 
@@ -103,9 +94,9 @@ class Config:
 
 
 # ---- ops: each forward, and its backward right under it -----------------------------------------
-# N is batch x time: every x is [N, channels], so that each linear map is one matrix product.
-# `dout` is the gradient of the loss with respect to an op's output. A backward returns those with
-# respect to the op's array inputs, in their order.
+# Most ops are `out, cache = op(x, ...)`, with `dx = op_backward(dout, cache)` under it: from the
+# gradient of the loss by `out` those by the array inputs, in their order. Others are parts of ops.
+# No op changes its input. N is batch x time, so that a linear map is one matrix product.
 
 def embedding(ids, wte, wpe):  # [B, T], [V, C], [n_ctx, C] or None -> [B*T, C]
     """Rows of the token table, plus learned positions if there are any."""
@@ -200,8 +191,7 @@ def relu(x):
     return xp.maximum(x, 0), x > 0
 
 
-# An activation is one op(x) -> (out, derivative) and one line here. --act takes its name.
-ACTIVATIONS = {"gelu": gelu, "relu": relu}
+ACTIVATIONS = {"gelu": gelu, "relu": relu}  # op(x) -> (out, derivative), by its name for --act
 
 def activation_backward(dout, slope):
     return dout * slope
@@ -243,7 +233,6 @@ def softmax_backward(dout, cache):  # -> [B, H, T, T], [H]
 def split_heads(x, B, d_head):  # [B*T, C] -> a view [B, H, T, D]
     return x.reshape(B, len(x) // B, x.shape[1] // d_head, d_head).transpose(0, 2, 1, 3)
 
-
 def merge_heads(x):  # [B, H, T, D] -> [B*T, C]
     return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1] * x.shape[3])
 
@@ -252,9 +241,8 @@ def attention(q, k, v, sink, table, B, d_head):  # three times [B*T, C] -> [B*T,
     """Causal softmax attention. sink: see `softmax`. table: see `relative_bias`, or None."""
     T, (q, k, v) = len(q) // B, (split_heads(x, B, d_head) for x in (q, k, v))
     logits = (q / math.sqrt(d_head)) @ k.swapaxes(2, 3)  # [B, H, T, T]
-    # This adds -inf to the keys in the future, too.
     bias, bias_cache = relative_bias(xp.zeros((1, T), q.dtype) if table is None else table, T)
-    logits += bias
+    logits += bias  # -inf for keys to come
     weights, softmax_cache = softmax(logits, sink)
     return merge_heads(weights @ v), (q, k, v, softmax_cache, bias_cache)
 
@@ -275,8 +263,7 @@ def cross_entropy(logits, targets):  # [N, V], [N] -> [N]
     logits = logits - logits.max(-1, keepdims=True)
     p = xp.exp(logits)
     total = p.sum(-1, keepdims=True)
-    p /= total
-    return xp.log(total[:, 0]) - logits[rows, targets], (p, rows, targets)
+    return xp.log(total[:, 0]) - logits[rows, targets], (p / total, rows, targets)
 
 def cross_entropy_backward(dout, cache):  # [N] -> [N, V]
     p, rows, targets = cache
@@ -312,7 +299,6 @@ MATRICES = {
     "attn.wo": Matrix("attn.bo", "v", ("attn_out",), neurons=0),
     "mlp.wfc": Matrix("mlp.bfc", "mlp_in", ("neuron",), neurons=1),
     "mlp.wproj": Matrix("mlp.bproj", "neuron", ("mlp_out",), neurons=0)}
-
 EMBEDDINGS = ("wte", "wpe", "head.w")
 
 
@@ -327,7 +313,6 @@ def is_matrix(name):
 
 
 # ---- parameters: one flat array with named views ------------------------------------------------
-
 def shapes(cfg):
     """{name: shape} of every parameter, in the order of the flat array. Matrices are [in, out]."""
     C, V, H = cfg.d_model, cfg.vocab_size, cfg.d_model // cfg.d_head
@@ -377,10 +362,9 @@ def init_flat(cfg):
 # reverse, and takes the caches out again. `g` collects the gradients under the parameters' names.
 
 def hook_point(x, k, hook, site):  # [N, C] -> [N, C], without a hook
-    """AbsTopK over the channels of a site, or what a hook does in its place.
-
-    A hook has `forward(site, x, k) -> x`, where k is what AbsTopK would keep, and
-    `backward(site, dx) -> dx`. It may return another width than C, if the parameters fit that."""
+    """AbsTopK over the channels of a site, or what a hook does in its place. A hook has
+    `forward(site, x, k) -> x`, where k is what AbsTopK would keep, and `backward(site, dx) -> dx`.
+    It may return another width than C, if the parameters fit that."""
     out, mask = abstopk(x, k) if hook is None else (hook.forward(site, x, k), None)
     return out, (mask, hook, site)
 
@@ -464,10 +448,9 @@ def unembed_backward(dlogits, g, cache):
 
 
 def forward(params, ids, cfg, hook=None, at=None):
-    """Logits [B, T, V] for token ids [B, T], and the caches that `backward` takes.
-
-    at: [B], a place in each row: the logits there alone, [B, V]; the last MLP and the unembedding
-    run for these only. hook: see `hook_point`. Raises ValueError on ids that do not fit."""
+    """Logits [B, T, V] for token ids [B, T], and the caches that `backward` takes. hook: see
+    `hook_point`. at: [B], a place in each row: the logits there alone, [B, V]; the last MLP and
+    the unembedding run for these only. Raises ValueError on ids that do not fit."""
     check_ids(ids, cfg, at)
     ids, (B, T), cache = xp.asarray(ids), ids.shape, {}
     rows = slice(None) if at is None else xp.arange(B) * T + xp.asarray(at)
@@ -496,17 +479,16 @@ def backward(dlogits, cache, cfg):
     return {name: g[name] for name in shapes(cfg)}
 
 
-def loss_and_grads(params, ids, targets, cfg):
+def loss_and_grads(params, ids, targets, cfg, hook=None):
     """The mean cross-entropy in nats per token, and {name: gradient}. ids, targets: [B, T]."""
     check_ids(targets, cfg, like=ids)
-    logits, cache = forward(params, ids, cfg)
+    logits, cache = forward(params, ids, cfg, hook)
     losses, ce = cross_entropy(logits.reshape(-1, cfg.vocab_size), xp.asarray(targets).reshape(-1))
     dlogits = cross_entropy_backward(xp.full_like(losses, 1 / ids.size), ce)
     return losses.sum() / ids.size, backward(dlogits, cache, cfg)
 
 
 # ---- sparsity (paper A.2) -----------------------------------------------------------------------
-
 def target_density(name, cfg):
     """The share of nonzeros that a parameter keeps at the end; 1 for what stays dense."""
     if name in EMBEDDINGS:
@@ -558,7 +540,6 @@ def sparsify(params, step, cfg):
 
 
 # ---- optimizer ----------------------------------------------------------------------------------
-
 def learning_rate(step, cfg):
     """Linear warm-up and decay, with the sharkfin: times sqrt(final density / density now)."""
     ramp = min(1.0, (step + 1) / max(1.0, cfg.warmup * cfg.steps)) * (1 - step / cfg.steps)
@@ -583,7 +564,6 @@ def adam(w, g, m, v, step, cfg):  # [n] each
 
 
 # ---- training and sampling ----------------------------------------------------------------------
-
 def draw_batch(streams, rng, n, n_ctx, idioms):
     """n random windows, a share `idioms` of them from the stream of idioms: inputs and next
     tokens, int64 [n, n_ctx] each. streams: {"code": tokens, and perhaps "idioms"}."""
