@@ -14,17 +14,14 @@ import numpy as np
 
 
 def install(sg):
-    """Put the kernels in the place of the ops of sg, the module sparsegpt. Other arrays than a
-    GPU's in float32 still take the plain ops. Returns a function that puts these back. An op that
-    is edited there must be edited in kernels.cu too, or leave this list."""
+    """Put the kernels in the place of the ops of sg, the module sparsegpt, for a GPU's arrays in
+    float32. Returns a function that puts the ops back. An op that gives other numbers than its
+    kernel, as it was edited, stays; a UserError then says so at the end."""
     kernels = dict(abstopk=abstopk, topk_mask=topk_mask, rmsnorm=rmsnorm,
                    rmsnorm_backward=rmsnorm_backward, softmax=softmax,
                    softmax_backward=softmax_backward, gelu=gelu,
                    sparsify=functools.partial(sparsify, sg), adam=functools.partial(adam, sg))
-    places = [(vars(sg), name) for name in kernels]
-    if sg.ACTIVATIONS.get("gelu") is sg.gelu:
-        places.append((sg.ACTIVATIONS, "gelu"))
-    plain = [(names, name, names[name]) for names, name in places]
+    other = [name for name, kernel in kernels.items() if not agree(sg, name, kernel)]
 
     def either(op, kernel):
         @functools.wraps(op)
@@ -34,13 +31,52 @@ def install(sg):
             return (kernel if ours else op)(x, *args, **more)
         return call
 
-    def restore():
-        for names, name, op in plain:
-            names[name] = op
+    def put(new, old):
+        for names in vars(sg), sg.ACTIVATIONS:
+            names.update({name: op for name, op in new.items() if names.get(name) is old[name]})
 
-    for names, name, op in plain:
-        names[name] = either(op, kernels[name])
+    plain = {name: vars(sg)[name] for name in kernels if name not in other}
+    ours = {name: either(op, kernels[name]) for name, op in plain.items()}
+    put(ours, plain)
+    restore = functools.partial(put, plain, ours)
+    if other:
+        sg.plain_ops.append(restore)
+        raise sg.UserError(f"the kernels of {', '.join(other)} do not give what sparsegpt.py gives")
     return restore
+
+
+def agree(sg, name, kernel):
+    """Whether a kernel gives what the op of its name in sg gives, to 1e-4, on random numbers."""
+    def numbers(x):  # all in nested arrays, flat, on the host
+        parts = x.values() if isinstance(x, dict) else x if isinstance(x, tuple) else ()
+        flat = sg.to_host(x).ravel() if hasattr(x, "shape") else ()
+        return np.concatenate([flat, *map(numbers, parts)])
+
+    try:
+        args, same = (arguments(sg, name) for _ in range(2))  # as some change in place
+        ours, own = numbers((kernel(*args), args)), numbers((vars(sg)[name](*same), same))
+        return ours.shape == own.shape and np.allclose(ours, own, 1e-4, 1e-6)
+    except Exception:  # an edited op may take and give anything
+        return False
+
+
+def arguments(sg, name):
+    """Random arguments for an op, the same at each call."""
+    rng = np.random.default_rng(0)
+    cfg = sg.Config(n_layer=1, d_model=32, d_head=8, n_ctx=8, density=1 / 4)
+
+    def draw(*shape):
+        return cupy.asarray(rng.standard_normal(shape), "f4")
+
+    x = draw(9, 32) * cupy.asarray(10.0 ** -np.arange(0, 4.5, 0.5)[:, None], "f4")
+    logits = draw(2, 4, 8, 8) + cupy.asarray(np.where(np.tri(8), 0, -math.inf), "f4")
+    return dict(
+        abstopk=lambda: (x, 5), topk_mask=lambda: (abs(x), 5), gelu=lambda: (x,),
+        rmsnorm=lambda: (x,), rmsnorm_backward=lambda: (draw(9, 32), sg.rmsnorm(x)[1]),
+        softmax=lambda: (logits, draw(4)),
+        softmax_backward=lambda: (draw(2, 4, 8, 8), sg.softmax(logits, draw(4))[1]),
+        sparsify=lambda: (sg.views(sg.init_flat(cfg), cfg), cfg.steps, cfg),
+        adam=lambda: (draw(9), draw(9), draw(9), abs(draw(9)), 3, cfg))[name]()
 
 
 @functools.cache
@@ -76,24 +112,13 @@ def sparsify(sg, params, step, cfg):
         w, _, _, axis = cut
         by_width[cfg.d_model if axis is None else w.shape[1 - axis]].append(cut)
     for width, cuts in by_width.items():
-        keep_largest(cuts, width)
-
-
-def keep_largest(cuts, width):
-    """sparsegpt.keep_largest(w, k, j, axis) of each of the cuts, all at once. width: of a neuron,
-    in all that have neurons."""
-    most, n = max(w.size for w, *_ in cuts), len(cuts)
-    keys, table = [cupy.empty(w.size, "i4") for w, *_ in cuts], []
-    for own, (w, k, j, axis) in zip(keys, cuts):
-        table.append((w.data.ptr, own.data.ptr, w.size, k, 0 if axis is None else j,
-                      w.shape[1] if axis == 1 else 1))
-    counts, known = cupy.zeros((n, 4, 256), "i4"), cupy.empty((n, 5, 2), "i4")
-    table, blocks = cupy.asarray(np.array(table)), (min(256, -(-most // 1024)), n)
-    cuda("neuron_keys", width)((-(-most // (4 * width)), n), (32, 4), (table,))
-    for digits in map(np.int32, range(4)):
-        cuda("count_digit", width)(blocks, (256,), (table, digits, known, counts))
-    cuda("drop_ties", width)((1, n), (256,), (table, known, counts))
-    cuda("cut", width)(blocks, (256,), (table, known, counts))
+        n, most = len(cuts), max(w.size for w, *_ in cuts)
+        keys = cupy.empty((n, most), "i4")
+        table = cupy.asarray(np.array([
+            (w.data.ptr, own.data.ptr, w.size, k, 0 if axis is None else j,
+             w.shape[1] if axis == 1 else 1) for own, (w, k, j, axis) in zip(keys, cuts)]))
+        cuda("neuron_keys", width)((-(-most // (4 * width)), n), (32, 4), (table,))
+        cuda("cut", width)((n,), (1024,), (table,))
 
 
 def rmsnorm(x, eps=1e-5):
@@ -116,7 +141,7 @@ def softmax(logits, sink):
     sink_share = cupy.empty((B, H, T, 1), logits.dtype)
     own = cupy.full(H, -math.inf, logits.dtype) if sink is None else sink
     launch_rows(cuda("softmax"), B * H * T, logits, weights, own, sink_share, np.int32(T),
-             np.int32(H))
+                np.int32(H))
     return weights, (weights, sink_share)
 
 
@@ -125,7 +150,7 @@ def softmax_backward(dout, cache):
     dout, dlogits = cupy.ascontiguousarray(dout), cupy.empty(dout.shape, dout.dtype)
     along = cupy.empty(sink_share.shape, dout.dtype)
     launch_rows(cuda("softmax_backward"), along.size, dout, weights, dlogits, along,
-             np.int32(dout.shape[3]))
+                np.int32(dout.shape[3]))
     return dlogits, -(along * sink_share).sum((0, 2, 3))
 
 

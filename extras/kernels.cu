@@ -6,7 +6,7 @@
 #endif
 #define EACH ((WIDTH + 31) / 32)  // values of such a row that a thread holds
 
-__device__ float warp_sum(float x) {
+template <class T> __device__ T warp_sum(T x) {
     for (int s = 16; s; s /= 2) x += __shfl_xor_sync(~0u, x, s);
     return x;
 }
@@ -24,8 +24,7 @@ __device__ void keep_k(int* v, int k, int lane) {
         int n = 0;
         #pragma unroll
         for (int i = 0; i < EACH; i++) n += v[i] >= (least | bit);
-        for (int s = 16; s; s /= 2) n += __shfl_xor_sync(~0u, n, s);
-        if (n >= k) least |= bit;
+        if (warp_sum(n) >= k) least |= bit;
     }
     int room = k;  // for equals of the k-th: what those above it leave
     #pragma unroll
@@ -108,92 +107,53 @@ extern "C" __global__ void softmax_backward(int rows, const float* d, const floa
     if (lane == 0) along[row] = sum;
 }
 
-// ---- weight top-k: all matrices at once, blockIdx.y is the matrix ------------------------------
-// Keys are |w|, or infinite for the j largest of each neuron. Four passes find the k-th largest
-// key of each matrix, 8 bits each.
+// ---- weight top-k: all matrices at once ---------------------------------------------------------
+// Keys are |w|, or infinite for the j largest of each neuron: the k largest keys stay.
 
 struct Matrix { float* w; int* keys; long long n, k, j, stride; };  // stride: in a neuron
 
-extern "C" __global__ void neuron_keys(const Matrix* all) {
+extern "C" __global__ void neuron_keys(const Matrix* all) {  // blockIdx.y is the matrix
     Matrix m = all[blockIdx.y];
     int rows = (m.n + WIDTH - 1) / WIDTH, v[EACH];
     ROW;
-    long long at = m.stride > 1 ? row : (long long)row * WIDTH, end = m.n;
+    long long at = m.stride > 1 ? row : (long long)row * WIDTH;
     #pragma unroll
     for (int i = 0; i < EACH; i++) {
         long long column = 32 * i + lane, here = at + column * m.stride;
-        v[i] = column < WIDTH && here < end ? key(m.w[here]) : -1;
+        v[i] = column < WIDTH && here < m.n ? key(m.w[here]) : -1;
     }
     if (m.j) keep_k(v, m.j, lane);
     #pragma unroll
     for (int i = 0; i < EACH; i++) {
         long long column = 32 * i + lane, here = at + column * m.stride;
-        if (column < WIDTH && here < end)
+        if (column < WIDTH && here < m.n)
             m.keys[here] = m.j && v[i] >= 0 ? 0x7f800000 : key(m.w[here]);
     }
 }
 
-struct Kth { int bits, rank; };  // its first bits; its rank among the keys that begin with them
-
-// The k-th after `digits` of four passes. counts: [4, 256] keys that share the digits before, by
-// their next one. known: [5], after each pass, kept for the next. Both are those of the matrix.
-// For a block of 256 threads.
-__device__ Kth kth(int digits, int k, Kth* known, const int* counts) {
-    known += 5 * blockIdx.y, counts += 1024 * blockIdx.y;
-    if (digits == 0) return Kth{0, k};
-    __shared__ int least[257];  // how many of the keys have at least this next digit
-    __shared__ Kth found;
-    int v = threadIdx.x;
-    Kth before = digits == 1 ? Kth{0, k} : known[digits - 1];
-    least[v] = counts[256 * (digits - 1) + v];
-    least[256] = 0;
+extern "C" __global__ void cut(const Matrix* all) {  // a block a matrix
+    Matrix m = all[blockIdx.x];
+    __shared__ int reach[31];  // how many keys reach what each bit is tried with
+    if (threadIdx.x < 31) reach[threadIdx.x] = 0;
     __syncthreads();
-    for (int s = 1; s < 256; s *= 2) {
-        int more = v + s < 256 ? least[v + s] : 0;
+    int least = 0;  // the k-th largest key, as in keep_k
+    long long surplus = 0;
+    for (int i = 0; i < 31; i++) {
+        int trial = least | 1 << (30 - i), n = 0;
+        for (long long at = threadIdx.x; at < m.n; at += blockDim.x) n += m.keys[at] >= trial;
+        atomicAdd(&reach[i], n);
         __syncthreads();
-        least[v] += more;
-        __syncthreads();
+        if (reach[i] >= m.k) least = trial, surplus = reach[i] - m.k;
     }
-    if (least[v] >= before.rank && least[v + 1] < before.rank) {
-        found = Kth{before.bits << 8 | v, before.rank - least[v + 1]};
-        if (blockIdx.x == 0) known[digits] = found;
-    }
-    __syncthreads();
-    return found;
-}
-
-extern "C" __global__ void count_digit(const Matrix* all, int digits, Kth* known, int* counts) {
-    Matrix m = all[blockIdx.y];
-    __shared__ int here[256];
-    here[threadIdx.x] = 0;
-    Kth now = kth(digits, m.k, known, counts);
-    __syncthreads();
-    for (long long i = blockIdx.x * 256 + threadIdx.x; i < m.n; i += gridDim.x * 256)
-        if (digits == 0 || m.keys[i] >> (32 - 8 * digits) == now.bits)
-            atomicAdd(&here[m.keys[i] >> (24 - 8 * digits) & 255], 1);
-    __syncthreads();
-    if (here[threadIdx.x])
-        atomicAdd(&counts[1024 * blockIdx.y + 256 * digits + threadIdx.x], here[threadIdx.x]);
-}
-
-// Takes the last equals of the k-th that are too many out of the keys. There are seldom any, or
-// they are zeros, which need no cutting.
-extern "C" __global__ void drop_ties(const Matrix* all, Kth* known, const int* counts) {
-    Matrix m = all[blockIdx.y];
-    Kth now = kth(4, m.k, known, counts);
-    int lane = threadIdx.x, surplus = counts[1024 * blockIdx.y + 768 + (now.bits & 255)] - now.rank;
-    if (lane >= 32 || now.bits == 0) return;
-    for (long long end = m.n; surplus > 0; end -= 32) {
-        long long i = end - 1 - lane;
-        unsigned ties = __ballot_sync(~0u, i >= 0 && m.keys[i] == now.bits);
-        if (ties >> lane & 1 && __popc(ties & ((1u << lane) - 1)) < surplus) m.keys[i] = -1;
+    // The last equals of the k-th are too many; if they are zeros, they need no cutting.
+    for (long long end = m.n; threadIdx.x < 32 && surplus > 0; end -= 32) {
+        long long at = end - 1 - threadIdx.x;
+        unsigned ties = __ballot_sync(~0u, at >= 0 && m.keys[at] == least);
+        if (ties >> threadIdx.x & 1 && __popc(ties & ((1u << threadIdx.x) - 1)) < surplus)
+            m.keys[at] = -1;
         surplus -= __popc(ties);
     }
-}
-
-extern "C" __global__ void cut(const Matrix* all, Kth* known, const int* counts) {
-    Matrix m = all[blockIdx.y];
-    Kth now = kth(4, m.k, known, counts);
-    for (long long i = blockIdx.x * 256 + threadIdx.x; i < m.n; i += gridDim.x * 256)
-        if (m.keys[i] < now.bits) m.w[i] = 0;
+    __syncthreads();
+    for (long long at = threadIdx.x; at < m.n; at += blockDim.x)
+        if (m.keys[at] < least) m.w[at] = 0;
 }
