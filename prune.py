@@ -39,7 +39,7 @@ import shlex
 import textwrap
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from concurrent import futures
 from pathlib import Path
 from statistics import geometric_mean
@@ -537,12 +537,8 @@ def nodes_named(name, cfg):
     return [node_number(name, cfg)]
 
 
-class Wires(NamedTuple):
-    """A matrix whose weights are edges: the name of its bias, and the node numbers of its rows and
-    of its columns."""
-    bias: str
-    source: np.ndarray
-    target: np.ndarray
+# A matrix whose weights are edges: its bias, and the node numbers of its rows and of its columns.
+Wires = namedtuple("Wires", "bias source target")
 
 
 @functools.cache
@@ -838,7 +834,7 @@ class FastRunner(PlainRunner):
     def params(self, mask):
         """The kept rows and columns of the parameters, with frozen inputs in the biases. Beside
         them, for the hook: {site: where its kept channels stand in x}, and what idle heads write
-        by position, h0.idle [n_ctx, kept channels]."""
+        by position, h0.attn_out.idle [n_ctx, kept channels]."""
         cfg, slices, p = self.model.cfg, node_slices(self.model.cfg), dict(self.host)
         kept = {site: mask.nodes[part] for site, part in slices.items()}
         for h in (f"h{i}." for i in range(cfg.n_layer)):
@@ -849,7 +845,7 @@ class FastRunner(PlainRunner):
                 columns = np.flatnonzero(np.concatenate([run[site] for site in m.writes]))
                 w, b = self.sliced(mask, h, name, columns)
                 if name == self.out:
-                    p[h + "idle"] = self.idle[h][:, ~live] @ w[~live]
+                    p[f"{h}{m.writes[0]}.idle"] = self.idle[h][:, ~live] @ w[~live]
                 target = wires.target[columns]
                 p[h + name] = w[run[m.reads]] * mask.nodes[target]
                 p[wires.bias] = np.where(mask.nodes[target], b, self.frozen_values[target])
@@ -881,26 +877,23 @@ class KeptChannels:
     def __init__(self, cfg, params, part, frozen_values):
         self.slices, self.params, self.part = node_slices(cfg), params, part
         self.frozen_values = frozen_values
-        self.adding = {f"h{i}.{site}": f"h{i}.idle" for i in range(cfg.n_layer)
-                       for m in sg.MATRICES.values() if m.reads == HEADS[-1] for site in m.writes}
 
     def forward(self, site, x, k):
-        xp, (_, _, kind), columns = sg.xp, site.partition("."), self.params[site]
-        if kind in HEADS:  # where x has all channels of the live heads
+        xp, p, columns = sg.xp, self.params, self.params[site]
+        if site.partition(".")[2] in HEADS:  # where x has all channels of the live heads
             if k < len(columns):
                 x = x.copy()
                 x[:, columns] = sg.abstopk(x[:, columns], k)[0]
             return x
         if link(site) == "reads":
             x = x[:, columns]
-        if site in self.adding:
-            x = x + self.params[self.adding[site]][xp.arange(len(x)) % self.part.ids.shape[1]]
+        if site + ".idle" in p:
+            x = x + p[site + ".idle"][xp.arange(len(x)) % self.part.ids.shape[1]]
         x = sg.abstopk(x, k)[0]
-        if link(site) != "adds" and not (site == "final" and "head.w" not in self.params):
+        if link(site) != "adds" and not (site == "final" and "head.w" not in p):
             return x
-        frozen = xp.asarray(self.frozen_values[self.slices[site]])
-        out = xp.empty((len(x), len(frozen)), x.dtype)
-        out[...] = frozen
+        frozen = xp.asarray(self.frozen_values[self.slices[site]], x.dtype)
+        out = xp.tile(frozen, (len(x), 1))
         out[:, columns] = x
         return out
 
