@@ -643,7 +643,6 @@ import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -653,7 +652,6 @@ class UserError(ValueError):
 
 
 # ---- checks of what is given --------------------------------------------------------------------
-
 # (lowest, highest) of Config's numbers; for the others (0, 1) of floats, (1, 65536) of integers.
 RANGES = dict(n_layer=(1, 99), n_ctx=(2, 1 << 16), vocab_size=(257, 1 << 16), steps=(1, 1 << 31),
               min_per_neuron=(0, 1 << 16), late=(1, 9), seed=(0, 1 << 31), threads=(0, 1 << 10),
@@ -728,7 +726,6 @@ def check_used(cache):
 
 
 # ---- text: documents, tokenizer, token streams --------------------------------------------------
-
 SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages",
         "__pycache__"}  # folders of the standard library that hold no plain code
 
@@ -822,7 +819,7 @@ class Tokenizer:
         """Learn merges until there are vocab_size tokens or nothing repeats. Each distinct piece
         is counted once, and only the pieces that a merge touches are counted again. Ties go to
         the smallest pair."""
-        counts = Counter(chain.from_iterable(PIECES.findall(t) for t in texts))
+        counts = Counter(piece for text in texts for piece in PIECES.findall(text))
         words = [(list(w.encode("utf-8", "surrogatepass")), n) for w, n in sorted(counts.items())]
         pairs, where, merges = Counter(), defaultdict(set), []
 
@@ -930,7 +927,6 @@ def tasks_module():
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
-
 FORMAT = "sparsegpt-5"  # the version of the checkpoint format
 PARTS = {"format", "config", "shapes", "merges", "nonzero", "values", "text", "logits", "m", "v",
          "step", "digest"}
@@ -997,9 +993,8 @@ def load_model(path):
     try:
         cfg, arrays = read_parts(path)
         cfg = dataclasses.replace(cfg, out=str(path))
-        saved, own = ({name: list(shape) for name, shape in x.items()}
-                      for x in (json.loads(str(arrays.pop("shapes"))), shapes(cfg)))
-        if list(saved.items()) != list(own.items()):
+        saved, own = map(json.loads, (str(arrays.pop("shapes")), json.dumps(shapes(cfg))))
+        if [*saved.items()] != [*own.items()]:
             name = next((n for n in [*saved, *own] if saved.get(n) != own.get(n)), "order")
             raise ValueError(f"its parameter {name} is {saved.get(name, 'missing')}, and in this "
                              f"source {own.get(name, 'missing')}: another model was trained")
@@ -1007,19 +1002,16 @@ def load_model(path):
         flat, text = np.zeros(n_params(cfg), cfg.dtype), arrays.pop("text").astype(np.int64)
         nonzero = np.unpackbits(arrays.pop("nonzero"), count=flat.size).view(bool)
         values, logits = arrays.pop("values"), arrays.pop("logits")
-        if values.shape != (nonzero.sum(),) or values.dtype != cfg.dtype:
-            raise ValueError(f"params are {values.dtype} {list(values.shape)}, the config needs "
-                             f"{cfg.dtype} [{nonzero.sum()}]")
+        for what, array, n in (("params", values, nonzero.sum()),
+                               ("moments", arrays.get("m", flat), flat.size),
+                               ("moments", arrays.get("v", flat), flat.size)):
+            if array.shape != (n,) or array.dtype != cfg.dtype or not np.isfinite(array).all():
+                raise ValueError(f"{what} must be {cfg.dtype} [{n}] and finite, not {array.dtype} "
+                                 f"{list(array.shape)}")
         flat[nonzero] = values
         check_ids(text, cfg)
         if len(text) > 1024 or 257 + len(tok.merges) > cfg.vocab_size:
             raise ValueError("it has more text, or more tokens, than the model takes")
-        for array in flat, arrays.get("m", flat), arrays.get("v", flat):
-            if array.shape != flat.shape or array.dtype != cfg.dtype:
-                raise ValueError(f"moments are {array.dtype} {list(array.shape)}, the config "
-                                 f"needs {cfg.dtype} [{flat.size}]")
-            if not np.isfinite(array).all():
-                raise ValueError("params or moments are not finite")
         model = Model(views(xp.asarray(flat), cfg), cfg, tok, text, arrays)
         # Most of the logits: rounding may change a near tie of AbsTopK, and what follows from it.
         gap = np.median(abs(window_logits(model) - logits))
@@ -1046,7 +1038,6 @@ def default_model():
 
 
 # ---- scores -------------------------------------------------------------------------------------
-
 def evaluate(params, streams, cfg, n):
     """The mean loss in nats per token on the mixture that training draws, over n windows of each
     stream that are the same at every call; and {name: loss} of the streams."""
@@ -1087,7 +1078,6 @@ def evaluate_tasks(model, n=100, seed=0, split="eval"):
 
 
 # ---- the run around the loop --------------------------------------------------------------------
-
 def partial_path(out):
     """Where an unfinished run keeps its state: a finished checkpoint stays until the end. It is
     beside the file itself if `out` is a link."""
@@ -1243,7 +1233,6 @@ def print_results(model, val, log):
 
 
 # ---- threads and memory -------------------------------------------------------------------------
-
 def n_cores():
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1256,14 +1245,10 @@ def thread_pool(size, process):
 
 
 def parallel(fn, items, threads=0):
-    """[fn(item) for item in items], on `threads` threads (0: one a core).
-
-    NumPy leaves the interpreter free while it computes, so whole parts of a batch go one to a
-    thread, each with BLAS on one thread: 1.2 times as fast as a threaded BLAS (width 128, two
-    cores). What an item computes does not depend on its thread, so results are the same, bit for
-    bit, for any number of threads. If NumPy was imported before this file, BLAS has threads of its
-    own: that is slower, and results agree up to rounding.
-    """
+    """[fn(item) for item in items], on `threads` threads (0: one a core), each with BLAS on one:
+    1.2 times as fast as a threaded BLAS (width 128, two cores). What an item computes does not
+    depend on its thread, so results are the same bits for any number of threads. If NumPy was
+    imported before this file, BLAS has threads of its own, and results agree up to rounding."""
     size = threads or n_cores()
     if size == 1 or xp is not np:
         return [fn(item) for item in items]
@@ -1363,7 +1348,6 @@ def follow(corpus, cfg, path, resume):
 
 
 # ---- files: whole or not at all, one writer -----------------------------------------------------
-
 def open_file(path):
     """A file opened for reading. Raises ValueError on a device or a pipe, which may never end."""
     if Path(path).exists() and not Path(path).is_file():
@@ -1451,23 +1435,21 @@ def locked(path):
     folder = path.is_dir()  # it is its own lock
     lock = path if folder else path.with_name(f".{path.name}.lock")
     mode = os.O_RDONLY | (0 if folder else os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
-    while True:
-        try:
-            descriptor = os.open(lock, mode, 0o666)
-            if not (folder or stat.S_ISREG(os.fstat(descriptor).st_mode)):
-                raise OSError(errno.EEXIST, "it is no file")
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"another process writes to {path}: wait for its end, or choose "
-                            "another --out") from e
-        except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise UserError(f"cannot lock {path} by {lock}: {e.strerror or e}") from e
-            print(f"{path}: there are no locks here; do not let two programs write it",
-                  file=sys.stderr)
-        if os.fstat(descriptor).st_nlink:  # else its former owner has just removed it
-            break
-        os.close(descriptor)
+    try:
+        descriptor = os.open(lock, mode, 0o666)
+        if not (folder or stat.S_ISREG(os.fstat(descriptor).st_mode)):
+            raise OSError(errno.EEXIST, "it is no file")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(descriptor).st_nlink:
+            raise BlockingIOError  # its owner ends at this moment, and has just removed it
+    except BlockingIOError as e:
+        raise UserError(f"another process writes to {path}: wait for its end, or choose another "
+                        "--out") from e
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise UserError(f"cannot lock {path} by {lock}: {e.strerror or e}") from e
+        print(f"{path}: there are no locks here; do not let two programs write it",
+              file=sys.stderr)
     name = r".+\.(json|html|dot)" if folder else re.escape(path.name) + r"(\.partial)?"
 
     def clear():
@@ -1487,7 +1469,6 @@ def locked(path):
 
 
 # ---- signals ------------------------------------------------------------------------------------
-
 ending = []  # not empty once a signal has come: a second one would only disturb the clearing up
 
 
@@ -1531,7 +1512,6 @@ def interrupts_noted():
 
 
 # ---- output, flags and the end ------------------------------------------------------------------
-
 def one_line(text, space=" "):
     """Text on one line, with visible newlines, tabs and control characters."""
     return printable(text.translate({32: space, 10: "⏎", 9: "⇥"}))
@@ -1543,8 +1523,8 @@ def printable(text, keep=""):
 
 
 class Output:
-    """A stream whose lines are written at once, with control characters written out. A reader that
-    goes away, such as `head`, or a full disk ends the output and not the work."""
+    """A stream that is written to at once, with control characters written out. A reader that goes
+    away, such as `head`, or a full disk ends the output and not the work."""
 
     def __init__(self, stream, keep="\n\t"):
         self.stream, self.keep, self.error = stream or open(os.devnull, "w"), keep, None
@@ -1555,21 +1535,14 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text):
-        self.attempt(self.stream.write, printable(text, self.keep))
-        if "\n" in text:
-            self.flush()
-        return len(text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, act, *args):
         try:
-            act(*args)
+            self.stream.write(printable(text, self.keep))
+            self.stream.flush()
         except OSError as e:
             self.error = self.error or e
             # Else Python would fail to write the rest at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
 
 
 def clock(seconds):
@@ -1583,16 +1556,14 @@ class Progress:
     terminal."""
 
     def __init__(self, name=""):
-        self.name, self.stage = name, None
-        self.began = self.last = time.perf_counter()
-        self.shown = bool(name) and sys.stderr.isatty()
+        self.name, self.stage, self.began, self.last = name, None, 0, 0
 
     def __call__(self, stage, done, total, note=""):
         """Say that `done` of `total` of a stage are done."""
         now = time.perf_counter()
         if stage != self.stage:
             self.stage, self.began = stage, now
-        elif self.shown and now - self.last > 1 and done:
+        elif self.name and done and now - self.last > 1 and sys.stderr.isatty():
             self.last = now
             left = clock((now - self.began) * (total - done) / done)
             print(f"\r\033[K{self.name}: {stage}, {done} of {total}, {note}{left} left\r", end="",
@@ -1642,36 +1613,34 @@ def command(name, act, argv, kept=""):
     former, status = (sys.stdout, sys.stderr), 2
     sys.stdout = Output(former[0])
     sys.stderr = Output(former[1], "\n\t\r\033")  # with a line that rewrites itself
-    mistakes = UserError, FloatingPointError, OSError
     try:
         # A program has nothing to interrupt at its end; a caller of main(argv) goes on.
         with signals_to(interrupt, signal.SIG_IGN if argv is None else None), \
                 warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # NaN is looked for where it matters
-            try:
-                status = act(argv)
-            except SystemExit as e:  # after --help
-                status = e.code
-            except MemoryError:
-                complain("error: not enough memory; take a smaller model or batch")
-            except (*mistakes, getattr(sys.modules.get("tasks"), "TaskError", UserError)) as e:
-                complain(f"error: {e}")
-            except Exception as e:
-                if sys.flags.dev_mode:
-                    raise
-                *_, at = traceback.extract_tb(e.__traceback__)
-                complain(f"error: {type(e).__name__}: {e} (line {at.lineno} of "
-                         f"{os.path.basename(at.filename)}; python -X dev shows the traceback)")
-            error = sys.stdout.error
-            if status == 0 and error and not isinstance(error, BrokenPipeError):
-                complain(f"error: cannot write the output: {error.strerror}")
-                status = 2
-    except KeyboardInterrupt as e:  # from anywhere above
-        complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
+            status = act(argv)
+    except SystemExit as e:  # after --help
+        status = e.code
+    except KeyboardInterrupt as e:
         status = 130
-    finally:
-        sys.stdout, sys.stderr = former
-    if status and status > 1 and "mpi4py" in sys.modules:
+        complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
+    except MemoryError:
+        complain("error: not enough memory; take a smaller model or batch")
+    except (UserError, FloatingPointError, OSError,
+            getattr(sys.modules.get("tasks"), "TaskError", UserError)) as e:
+        complain(f"error: {e}")
+    except Exception as e:
+        if sys.flags.dev_mode:
+            raise
+        *_, at = traceback.extract_tb(e.__traceback__)
+        complain(f"error: {type(e).__name__}: {e} (line {at.lineno} of "
+                 f"{os.path.basename(at.filename)}; python -X dev shows the traceback)")
+    error = sys.stdout.error
+    if status == 0 and error and not isinstance(error, BrokenPipeError):
+        status = 2
+        complain(f"error: cannot write the output: {error.strerror}")
+    sys.stdout, sys.stderr = former
+    if status > 1 and "mpi4py" in sys.modules:
         processes().Abort(status)
     return status
 
@@ -1679,20 +1648,18 @@ def command(name, act, argv, kept=""):
 def extra(name, absent):
     """A module of extras/, beside this file. absent: what there is not without it. Raises a
     UserError that names the file which was expected."""
-    path, found = Path(__file__).resolve().with_name("extras") / f"{name}.py", None
+    path = Path(__file__).resolve().with_name("extras") / f"{name}.py"
     try:
-        found = importlib.import_module(f"extras.{name}").__file__
+        module = importlib.import_module(f"extras.{name}")
+        if Path(module.__file__).resolve() == path:
+            return module
+        found = f"Python finds {module.__file__}"
     except ModuleNotFoundError as e:
-        if not (e.name or "").startswith("extras"):
-            raise
-    if found is None or Path(found).resolve() != path:
-        raise UserError(f"{absent}: that needs {path}"
-                        + f", but Python finds {found}" * bool(found))
-    return sys.modules[f"extras.{name}"]
+        found = e
+    raise UserError(f"{absent}: that needs {path}, but {found}")
 
 
 # ---- checks and timings -------------------------------------------------------------------------
-
 TINY = dict(n_layer=2, d_model=32, d_head=8, n_ctx=12, vocab_size=300, batch_size=2,
             dtype="float64", threads=1, min_per_neuron=0)  # the sizes of --gradcheck
 
@@ -1701,14 +1668,12 @@ class Scales:
     """A hook that multiplies the channels of each site by numbers, after AbsTopK. After a backward
     pass, `grad` holds the gradients by these numbers."""
 
-    def __init__(self, cfg):
-        self.scale = {f"h{i}.{name}": xp.ones(site.width * cfg.d_model)
-                      for i in range(cfg.n_layer) for name, site in SITES.items()}
-        self.scale["final"], self.grad, self.saved = xp.ones(cfg.d_model), {}, {}
+    def __init__(self):
+        self.scale, self.grad, self.saved = {}, {}, {}
 
     def forward(self, site, x, k):
-        self.saved[site] = abstopk(x, k)
-        return self.saved[site][0] * self.scale[site]
+        self.saved[site] = x, _ = abstopk(x, k)
+        return x * self.scale.setdefault(site, xp.ones(x.shape[1]))
 
     def backward(self, site, dx):
         x, mask = self.saved.pop(site)
@@ -1723,25 +1688,17 @@ def gradcheck(cfg, log=print):
     AbsTopK both may be right. Returns the largest relative error."""
     cfg = dataclasses.replace(cfg, **TINY)
     found, order = {}, []
-
-    def run(flat, ids, hook):
-        logits, cache = forward(views(flat, cfg), ids[:, :-1], cfg, hook)
-        losses, ce = cross_entropy(logits.reshape(-1, cfg.vocab_size),
-                                   xp.asarray(ids[:, 1:].reshape(-1)))
-        dlogits = cross_entropy_backward(xp.full_like(losses, 1 / losses.size), ce)
-        return float(losses.sum()) / losses.size, lambda: backward(dlogits, cache, cfg)
-
     for seed in (4, 5, 6, 7):
-        rng, flat, hook = np.random.default_rng(seed), init_flat(cfg), Scales(cfg)
+        rng, flat, scales = np.random.default_rng(seed), init_flat(cfg), Scales()
         flat += xp.asarray(0.3 * rng.standard_normal(len(flat)))  # gradients well above rounding
         ids = rng.integers(0, cfg.vocab_size, (cfg.batch_size, cfg.n_ctx + 1))
-        grads = loss_and_grads(views(flat, cfg), ids[:, :-1], ids[:, 1:], cfg)[1]
-        run(flat, ids, hook)[1]()
-        sites = {f"{site} (site)": (hook.scale[site], hook.grad.get(site, xp.zeros_like(scale)))
-                 for site, scale in hook.scale.items()}
-        own = {name: (w, grads[name]) for name, w in views(flat, cfg).items()} | sites
+        run = functools.partial(loss_and_grads, views(flat, cfg), ids[:, :-1], ids[:, 1:], cfg)
+        (_, grads), _ = run(), run(scales)
+        own = {name: (w, grads[name], None) for name, w in views(flat, cfg).items()} | {
+            f"{site} (site)": (scale, scales.grad.get(site, xp.zeros_like(scale)), scales)
+            for site, scale in scales.scale.items()}
         for name in order or own:
-            w, grad = own[name]
+            w, grad, hook = own[name]
             # Each entry moves to the gradient's side: else the terms may cancel and rounding stay.
             way = abs(rng.standard_normal(w.shape)) * np.where(to_host(grad) < 0, -1, 1)
             way, analytic, former = xp.asarray(way), float((to_host(grad) * way).sum()), w.copy()
@@ -1749,7 +1706,7 @@ def gradcheck(cfg, log=print):
                 at = []
                 for move in (h, -h):
                     w[...] = former + move * way
-                    at.append(run(flat, ids, hook if name in sites else None)[0])
+                    at.append(float(run(hook)[0]))
                 numeric = (at[0] - at[1]) / (2 * h)
                 w[...] = former
                 error = abs(analytic - numeric) / max(abs(analytic), abs(numeric), 1e-12)
@@ -1784,31 +1741,29 @@ def bench(cfg, n=15, log=print):
 
 
 # ---- command line -------------------------------------------------------------------------------
-
-# A plain dense model, as the paper's are, that ends within 2 % of the sparse default's validation
-# loss: see docs/results.md.
-DENSE = dict(d_model=64, density=1.0, afrac=1.0, lr=0.007, steps=6000, out="out/dense.npz")
-# Five times the text, with smaller circuits and more tasks: see docs/defaults.md.
-LONG = dict(afrac=1 / 4, batch_size=32, steps=13000, late=3, out="out/long.npz")
-QUICK = dict(n_layer=1, d_model=64, density=1 / 8, afrac=1.0, lr=0.016, steps=1000,
-             max_mb=0.3, out="out/quick.npz")
-PRESETS = dict(dense=DENSE, long=LONG, quick=QUICK)
+PRESETS = dict(
+    # As the paper's dense models: within 2 % of the sparse default's loss, see docs/results.md.
+    dense=dict(d_model=64, density=1.0, afrac=1.0, lr=0.007, steps=6000, out="out/dense.npz"),
+    # Smaller circuits and more tasks: see docs/defaults.md.
+    long=dict(afrac=1 / 4, batch_size=32, steps=13000, late=3, out="out/long.npz"),
+    quick=dict(n_layer=1, d_model=64, density=1 / 8, afrac=1.0, lr=0.016, steps=1000, max_mb=0.3,
+               out="out/quick.npz"))
 
 
 def make_parser():
     """One flag for each Config field, and the modes. Flags not given are absent."""
     parser = Parser(description="Train a weight-sparse transformer, in about 15 minutes.")
-    presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
-    presets.add_argument("--dense", action="store_true", help="a dense model of about equal loss")
-    presets.add_argument("--long", action="store_true", help="five times the text, smaller "
-                         "circuits; 70 minutes")
-    presets.add_argument("--quick", action="store_true", help="a tiny model, all done in seconds")
-    modes = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
-    for name, text in [("resume", "go on with the interrupted run of --out"),
-                       ("gradcheck", "check every gradient numerically, at small sizes"),
-                       ("bench", "time a training step on this machine")]:
-        modes.add_argument(f"--{name}", action="store_true", help=text)
-    modes.add_argument("--sample", metavar="PROMPT", type=prompt_text,
+    for title, texts in (
+            ("presets", dict(dense="a dense model of about equal loss",
+                             long="five times the text, smaller circuits; 70 minutes",
+                             quick="a tiny model, all done in seconds")),
+            ("what to do (default: train)", dict(
+                resume="go on with the interrupted run of --out", bench="time a training step",
+                gradcheck="check every gradient numerically, at small sizes"))):
+        group = parser.add_argument_group(title).add_mutually_exclusive_group()
+        for name, text in texts.items():
+            group.add_argument(f"--{name}", action="store_true", help=text)
+    group.add_argument("--sample", metavar="PROMPT", type=prompt_text,
                        help="continue PROMPT with the model --out")
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
