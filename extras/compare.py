@@ -19,7 +19,6 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
 from statistics import geometric_mean
 
 import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
@@ -95,21 +94,23 @@ def compare_one(contexts, settings, job):
 def compare(contexts, settings, path, workers, names, log=print):
     """Prune the named tasks in all models alike and report size against loss. path: compare.json;
     what it has of these models or others is kept. Raises UserError if it is of other settings."""
-    began, rows, known = time.perf_counter(), [], {}
-    head = json.loads(json.dumps(dict(settings=dataclasses.asdict(settings), targets=SWEEP,
-                                      aims=AIMS)))
-    if path.exists():
-        rows, known = read(path, head)
+    began, prints = time.perf_counter(), [context.fingerprint for context in contexts]
+    head = dict(settings=dataclasses.asdict(settings), targets=[*SWEEP], aims=[*AIMS])
+    rows, known = read(path, head) if path.exists() else ([], {})
+    models, corpora = [], {}
+    for context in contexts:  # before the work: the text may have changed
+        cfg, model = context.model.cfg, context.fingerprint
+        own = dict(name=cfg.out, model=model, kind=kind_of(cfg), seed=cfg.seed)
+        found = known.get(model) or facts(context.model, corpora)
+        models.append(own | found | own)  # a known one may have another name now
+        known[model] = models[-1]
 
     def save():
         sg.write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
 
-    prints = [context.fingerprint for context in contexts]
     finished = {(row["model"], row["task"]) for row in rows}
     jobs = [(prints.index(model), task) for task in names for model in dict.fromkeys(prints)
             if (model, task) not in finished]
-    models = facts(contexts, known)  # before the work: the text may have changed
-    known |= {m["model"]: m for m in models}
     one = functools.partial(compare_one, contexts, settings)
     for n, row in enumerate(prune.on_cores(one, jobs, workers, in_order=False), 1):
         rows.append(row)
@@ -131,10 +132,9 @@ def read(path, head):
     other settings than head, or not a comparison."""
     try:
         saved = json.loads(sg.read_bytes(path))
-        known = {m["model"]: m for m in saved["models"]}
-        rows = [row for row in saved["rows"] if row["model"] in known]
-        for m in known.values():  # what cannot be shown must not end a comparison after hours
-            result([[m]], rows, head["settings"]["target"])
+        rows, known = saved["rows"], {m["model"]: m for m in saved["models"]}
+        # What cannot be shown must not end a comparison after hours.
+        result([[m] for m in known.values()], rows, head["settings"]["target"])
         other = any(saved[key] != value for key, value in head.items())
     except Exception as e:  # it may be damaged in any way
         raise sg.UserError(f"{path} exists but is not a comparison ({type(e).__name__}: {e}); "
@@ -152,26 +152,18 @@ def kurtosis(model, ids):
     return float(np.median((x ** 4).mean(0) / (x ** 2).mean(0) ** 2)) if x.size else math.nan
 
 
-def facts(contexts, known):
-    """[what the tables say of each model]. known: {fingerprint: the same from an earlier run}."""
-    out, corpora = [], {}
-    for context in contexts:
-        model, cfg = context.model, context.model.cfg
-        own = dict(name=cfg.out, model=context.fingerprint, kind=kind_of(cfg), seed=cfg.seed)
-        if context.fingerprint in known:
-            out.append(known[context.fingerprint] | own)
-            continue
-        data = cfg.data, cfg.max_mb, cfg.idioms > 0, cfg.late, cfg.vocab_size
-        if data not in corpora:  # to tokenize it takes long
-            corpora[data] = sg.load_corpus(cfg, lambda line: None)
-        if corpora[data].tok.merges != model.tok.merges:
-            raise sg.UserError(f"{cfg.out} was trained on another text than --data {cfg.data} now")
-        loss, streams = sg.evaluate(model.params, corpora[data].val, cfg, 256)
-        out.append(dict(
-            own, d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=loss,
-            **streams, kurtosis=kurtosis(model, model.text[:16]),
-            nonzero=sum(int((model.params[name] != 0).sum()) for name in prune.matrices(cfg))))
-    return out
+def facts(model, corpora):
+    """What the tables say of a model. corpora: those that were read, as that takes long."""
+    cfg = model.cfg
+    data = cfg.data, cfg.max_mb, cfg.idioms > 0, cfg.late, cfg.vocab_size
+    if data not in corpora:
+        corpora[data] = sg.load_corpus(cfg, lambda line: None)
+    if corpora[data].tok.merges != model.tok.merges:
+        raise sg.UserError(f"{cfg.out} was trained on another text than --data {cfg.data} now")
+    loss, streams = sg.evaluate(model.params, corpora[data].val, cfg, 256)
+    return dict(d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=loss, **streams,
+                kurtosis=kurtosis(model, model.text[:16]), nonzero=sum(
+                    int((model.params[name] != 0).sum()) for name in prune.matrices(cfg)))
 
 
 def kind_of(cfg):
@@ -196,9 +188,10 @@ def by_kind(models):
 def result(kinds, rows, target):
     """(text, HTML page) of the comparison of models. kinds: see `by_kind`."""
     text = comparison(kinds, rows, target)
-    curves = {kind[0]["name"]: [dict(p, task=f"{p['task']} {i or ''}") for i, m in enumerate(kind)
-                                for row in rows if row["model"] == m["model"]
-                                for p in row["points"]] for kind in kinds}
+    curves = {kind[0]["name"]: {
+        f"{row['task']} {i or ''}": {p["target"]: max(1, p["edges"]) for p in row["points"]}
+        for i, m in enumerate(kind) for row in rows
+        if row["model"] == m["model"] and row["points"]} for kind in kinds}
     return text, draw.document(
         "Circuits compared", "<p>Edges: nonzero weights between two kept nodes, not cleaned.</p>",
         plot(curves) if all(curves.values()) else "", f"<pre>{draw.lines_of(text)}</pre>")
@@ -213,10 +206,9 @@ def edges_of(row, which, target):
 
 def interval(values, groups, draws=10_000):
     """The 95 % bootstrap interval of a mean, with whole groups drawn anew."""
-    names = sorted(set(groups))
-    sums = np.array([[sum(x for x, g in zip(values, groups) if g == name), groups.count(name)]
-                     for name in names])
-    picks = np.random.default_rng(0).integers(0, len(names), (draws, len(names)))
+    _, group = np.unique(list(groups), return_inverse=True)
+    sums = np.stack([np.bincount(group, values), np.bincount(group)], axis=1)
+    picks = np.random.default_rng(0).integers(0, len(sums), (draws, len(sums)))
     total, n = sums[picks].sum(1).T
     return np.percentile(total / n, [2.5, 97.5])
 
@@ -240,6 +232,9 @@ def comparison(kinds, rows, target):
 
     def row_of(m, task):
         return by.get((m["model"], task), EMPTY)
+
+    def cells(values, form):
+        return "/".join("-" if x is None else format(x, form) for x in values)
 
     def means(title, choices):
         """Lines of geometric means over the tasks that all matched models reach."""
@@ -280,12 +275,10 @@ def comparison(kinds, rows, target):
         line = f"{task:<28}"
         for kind in kinds:
             seeds = [row_of(m, task) for m in kind]
-            cells = ["-" if row["full"] is None else f"{row['full']:.3f}" for row in seeds]
-            line += f"{'/'.join(cells):>{wide}}"
+            line += f"{cells((row['full'] for row in seeds), '.3f'):>{wide}}"
             for which in ("points", "cleaned"):
                 edges = (edges_of(row, which, target) for row in seeds)
-                cells = ["-" if n is None else str(n) for n in edges]
-                line += f"{'/'.join(cells):>{cell}}"
+                line += f"{cells(edges, 'd'):>{cell}}"
         out.append(line)
     out += ["", f"{'full model without':<22} tasks  the circuit  as many random nodes  (loss)"]
     for letter, kind in zip(letters, kinds):
@@ -298,16 +291,13 @@ def comparison(kinds, rows, target):
 
 
 def plot(curves):
-    """SVG: edges by target loss, both logarithmic, of {name: [{"task", "target", "edges"}]}. Thin
-    lines are tasks; a bold line is the geometric mean of the tasks that all curves reach."""
-    targets = sorted({p["target"] for points in curves.values() for p in points})
-    common = {t: set.intersection(*({p["task"] for p in points if p["target"] == t}
-                                    for points in curves.values())) for t in targets}
+    """SVG: edges by target loss, both logarithmic, of {name: {task: {target: edges}}}. Thin lines
+    are tasks; a bold line is the geometric mean of the tasks that all curves reach."""
+    targets = sorted({t for by_task in curves.values() for line in by_task.values() for t in line})
+    common = {t: set.intersection(*({task for task, line in by_task.items() if t in line}
+                                    for by_task in curves.values())) for t in targets}
     lines, looks = [], ("pos", "neg", "") * len(curves)
-    for look, (name, points) in zip(looks, curves.items()):
-        by_task = defaultdict(dict)
-        for p in points:
-            by_task[p["task"]][p["target"]] = max(1, p["edges"])
+    for look, (name, by_task) in zip(looks, curves.items()):
         lines += [(look, 1, 0.35, f"{name} {task}", line) for task, line in by_task.items()]
         means = {t: geometric_mean(by_task[task][t] for task in common[t])
                  for t in targets if common[t]}

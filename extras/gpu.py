@@ -41,7 +41,7 @@ def install(sg):
     restore = functools.partial(put, plain, ours)
     if other:
         sg.plain_ops.append(restore)
-        raise sg.UserError(f"the kernels of {', '.join(other)} do not give what sparsegpt.py gives")
+        raise sg.UserError(f"the kernels of {', '.join(other)} do not give what the ops give")
     return restore
 
 

@@ -8,7 +8,6 @@ does. The command line is that of prune.py:
 
 Every question returns lines of text.
 """
-import heapq
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,14 +135,14 @@ def overview(model, folder):
 NORMS = {"attn_in": "norm1", "mlp_in": "norm2"}  # whose scale is part of the gate of a site
 
 
-@dataclass
+@dataclass(eq=False)
 class Branch:
-    """The end of a path. node: (site, t, c), or None for a token, a position or a bias, which has
-    a name. slope: the difference of the logits per unit of the node, along this path."""
+    """The end of a path. node: (site, t, c), or None for a token, a position or a bias. slope: the
+    difference of the logits per unit of the node, along this path."""
+    name: str
     amount: float
     node: tuple | None = None
     slope: float = 0.0
-    name: str = ""
     children: list = field(default_factory=list)
 
 
@@ -193,27 +192,31 @@ class Traced:
         weights = self.attention[h][:, :, :-1]  # without the sink
         return np.einsum("hts,shd->thd", weights, heads).reshape(len(self.ids), -1)
 
+    def branch(self, node, slope):
+        """The Branch of a node whose value is multiplied by slope further on."""
+        site, t, c = node
+        return Branch(f"{site}.{c}", slope * self.value[site][t, c], node, slope)
+
     def parts(self, node, slope):
-        """The branches of a node whose value is multiplied by slope further on."""
+        """The branches of what a node is made of. slope: see `branch`."""
         site, t, c = node
         slope *= self.gate[site][t, c]
         if prune.link(site) == "reads":
-            out = [Branch(slope * self.p["wte"][self.ids[t], c], name="the token")]
+            out = [Branch("the token", slope * self.p["wte"][self.ids[t], c])]
             if "wpe" in self.p:
-                out.append(Branch(slope * self.p["wpe"][t, c], name="the position"))
+                out.append(Branch("the position", slope * self.p["wpe"][t, c]))
             before = itertools.takewhile(lambda other: other != site, self.value)
-            return out + [Branch(slope * self.value[w][t, c], (w, t, c), slope)
-                          for w in before if prune.link(w) == "adds"]
+            return out + [self.branch((other, t, c), slope)
+                          for other in before if prune.link(other) == "adds"]
         source, w, b = self.made_by(site)
-        out = [Branch(slope * b[c], name="bias")]
+        out = [Branch("bias", slope * b[c])]
         for i in np.flatnonzero(w[:, c]):
             shares = {t: 1.0}  # of the input's positions
             if source.endswith(".v"):
                 head = i // self.model.cfg.d_head
                 shares = dict(enumerate(self.attention[site.split(".")[0]][head, t, :t + 1]))
-            for at, share in shares.items():
-                factor = slope * w[i, c] * share
-                out.append(Branch(factor * self.value[source][at, i], (source, at, i), factor))
+            out += [self.branch((source, at, i), slope * w[i, c] * share)
+                    for at, share in shares.items()]
         return out
 
 
@@ -221,24 +224,21 @@ def follow(one, tree, known, share, most):
     """Add to the branches of a tree what they are made of, the largest first, until `share` of all
     amounts, signs aside, is followed to its end, or `most` nodes are. Returns (these nodes, the
     share that is left). Raises ValueError on a node that is not the sum of its parts."""
-    heap = [(-abs(branch.amount), i, branch) for i, branch in enumerate(tree)]
-    heapq.heapify(heap)
-    followed, count, ended = set(), itertools.count(len(heap)), abs(known)
+    ends, followed, ended = list(tree), set(), abs(known)
     left = sum(abs(branch.amount) for branch in tree)
-    while heap and left > (1 - share) * (left + ended) and len(followed) < most:
-        branch = heapq.heappop(heap)[2]
+    while ends and left > (1 - share) * (left + ended) and len(followed) < most:
+        branch = max(ends, key=lambda branch: abs(branch.amount))
+        ends.remove(branch)
         left -= abs(branch.amount)
         followed.add(branch.node)
         branch.children += one.parts(branch.node, branch.slope)
         amounts = [part.amount for part in branch.children]
         if not abs(sum(amounts) - branch.amount) <= 1e-4 * sum(map(abs, amounts)):
-            raise ValueError(f"{branch.node[0]}.{branch.node[2]} is not the sum of its parts")
-        for part in branch.children:
-            if part.node is None:
-                ended += abs(part.amount)
-            else:
-                left += abs(part.amount)
-                heapq.heappush(heap, (-abs(part.amount), next(count), part))
+            raise ValueError(f"{branch.name} is not the sum of its parts")
+        nodes = [part for part in branch.children if part.node]
+        ends += nodes
+        left += sum(abs(part.amount) for part in nodes)
+        ended += sum(abs(part.amount) for part in branch.children if not part.node)
     return followed, left / (left + ended)
 
 
@@ -248,33 +248,26 @@ def tree_lines(tree, followed, least, tokens):
     lines, printed, seen = [], [], set()
 
     def split(branches):  # (the large ones, largest first; the sum of the others)
-        large = [b for b in branches if abs(b.amount) >= least
-                 and (b.node is None or b.node in followed)]
-        return (sorted(large, key=lambda b: -abs(b.amount)),
-                sum(b.amount for b in branches) - sum(b.amount for b in large))
+        large = sorted((b for b in branches if abs(b.amount) >= least
+                        and (b.node is None or b.node in followed)), key=lambda b: -abs(b.amount))
+        return large, sum(b.amount for b in branches) - sum(b.amount for b in large)
 
     def add(branches, depth, t):
         large, rest = split(branches)
         for branch in large:
-            amount, names, here = branch.amount, [], t
-            while True:  # a chain of nodes with one large part each goes on one line
-                name, children = branch.name, branch.children
-                if branch.node:
-                    site, at, c = branch.node
-                    printed.append(f"{site}.{c}")
-                    name = printed[-1] + f" at `{tokens[at]}`" * (at != here)
-                    here = at
-                if branch.node in seen:
-                    names.append(name + ", as above")
-                    children = []
-                    break
-                seen.update([branch.node] if children else [])
-                names.append(name)
+            names, here, parts, others = [], t, [branch], 0
+            while len(parts) == 1 and abs(others) < least:  # a chain of nodes goes on one line
+                [end] = parts
+                names.append(end.name)
+                if end.node:
+                    printed.append(end.name)
+                    names[-1] += f" at `{tokens[end.node[1]]}`" * (end.node[1] != here)
+                    here = end.node[1]
+                children = [] if end.node in seen else end.children
+                names[-1] += ", as above" * (end.node in seen)
+                seen.update([end.node] if children else [])
                 parts, others = split(children)
-                if len(parts) != 1 or abs(others) >= least:
-                    break
-                [branch] = parts
-            lines.append(f"{amount:+8.3f}  {'  ' * depth}{' <- '.join(names)}")
+            lines.append(f"{branch.amount:+8.3f}  {'  ' * depth}{' <- '.join(names)}")
             add(children, depth + 1, here)
         if abs(rest) >= least:
             lines.append(f"{rest:+8.3f}  {'  ' * depth}others")
@@ -315,8 +308,7 @@ def trace(model, text, answers=None, share=0.8, most=60):
         [first], [second] = prompt.right, prompt.wrong
         w, difference = sg.unembedding(one.p), one.logits[first] - one.logits[second]
         slopes = w[:, first] - w[:, second]
-        tree = [Branch(slopes[c] * one.value["final"][last, c], ("final", last, c), slopes[c])
-                for c in np.flatnonzero(slopes)]
+        tree = [one.branch(("final", last, c), slopes[c]) for c in np.flatnonzero(slopes)]
         known = difference - sum(branch.amount for branch in tree)
         followed, left = follow(one, tree, known, share, most)
     except (LookupError, TypeError, AttributeError, ValueError) as e:
@@ -327,8 +319,8 @@ def trace(model, text, answers=None, share=0.8, most=60):
     amounts, branches = {name: [] for name in printed}, list(tree)
     for branch in branches:  # which grows
         branches += branch.children
-        if branch.node and (name := f"{branch.node[0]}.{branch.node[2]}") in amounts:
-            amounts[name].append((branch.amount, branch.slope))
+        if branch.name in amounts:
+            amounts[branch.name].append((branch.amount, branch.slope))
     return [f"{sg.one_line(model.tok.decode(ids[1:]))}  ->  `{prune.token(model, first)}` less "
             f"`{prune.token(model, second)}`: logits differ by {difference:+.3f}",
             f"{known:+8.3f}  bigram table and biases", *lines,
