@@ -97,27 +97,17 @@ def document(title, *body, note=""):
 
 # ---- the circuit as boxes and links -------------------------------------------------------------
 
-def steps():
-    """{site of a block: (place of its column, title)}. The sites of one matrix share a column."""
-    columns = []
-    for site in sg.SITES:
-        if not columns or site not in columns[-1]:
-            columns.append(next((m.writes for m in sg.MATRICES.values() if site in m.writes),
-                                (site,)))
-    return {site: (i, " ".join(sites)) for i, sites in enumerate(columns) for site in sites}
-
-
 def column_of(site):
-    """The column of a site's full name, as h0.neuron."""
+    """The column of a site's full name, as h0.neuron. The sites of one matrix share a column."""
     block, _, name = site.rpartition(".")
     if not block:
         return *FINAL[:2], site
-    step, title = steps().get(name, (97, name))
-    return int(block[1:]), step, f"{block}.{title}"
+    sites = next((m.writes for m in sg.MATRICES.values() if name in m.writes), (name,))
+    return int(block[1:]), [*sg.SITES, sites[0]].index(sites[0]), f"{block}.{' '.join(sites)}"
 
 
 def in_stream(box):
-    """Whether a box is a channel of the residual stream."""
+    """Whether a box is a channel of the residual stream, or before or after it all."""
     block, _, name = box.site.rpartition(".")
     return not block or (name in sg.SITES and sg.SITES[name].link in ("reads", "adds"))
 
