@@ -36,8 +36,8 @@ xp = np  # NumPy or CuPy. Other files read sparsegpt.xp, as `use_device` may reb
 # =================================================================================================
 # Part I: the method
 # =================================================================================================
-# Of Part II it calls check_config, check_ids and check_used, which refuse what is wrong;
-# batch_gradient: loss_and_grads over parts of a batch; parallel, in_chunks: on all cores; to_host.
+# Of Part II it calls check_config and check_ids, which refuse what is wrong; batch_gradient, which
+# is loss_and_grads over parts of a batch; parallel and in_chunks, which use all cores; to_host.
 
 # ---- settings -----------------------------------------------------------------------------------
 def flag(default, text, choices=None):
@@ -475,7 +475,7 @@ def backward(dlogits, cache, cfg):
             dx[rows] = some
         dx = attention_layer_backward(dx, g, i, cache)
     g["wte"], g["wpe"] = embedding_backward(dx, cache.pop("embedding"))
-    check_used(cache)
+    assert not cache, f"no backward took the cache of {', '.join(cache)}"
     return {name: g[name] for name in shapes(cfg)}
 
 
@@ -652,18 +652,17 @@ class UserError(ValueError):
 
 
 # ---- checks of what is given --------------------------------------------------------------------
-# (lowest, highest) of Config's numbers; for the others (0, 1) of floats, (1, 65536) of integers.
+# (lowest, highest) of numbers; of other floats (0, 1), of other integers (1, 65536).
 RANGES = dict(n_layer=(1, 99), n_ctx=(2, 1 << 16), vocab_size=(257, 1 << 16), steps=(1, 1 << 31),
-              min_per_neuron=(0, 1 << 16), late=(1, 9), seed=(0, 1 << 31), threads=(0, 1 << 10),
-              afrac=(1e-9, 1), density=(1e-9, 1), lr=(1e-9, 1e3), eps=(1e-12, 1e3),
-              beta1=(0, 0.999999), beta2=(0, 0.999999), weight_decay=(0, 1e3), max_mb=(0, 1e6))
+              late=(1, 9), seed=(0, 1 << 31), threads=(0, 1 << 10), afrac=(1e-9, 1),
+              density=(1e-9, 1), lr=(1e-9, 1e3), eps=(1e-12, 1e3), beta1=(0, 0.999999),
+              beta2=(0, 0.999999), weight_decay=(0, 1e3), max_mb=(0, 1e6))
 MORE_FLAGS = dict(
     data="files or folders, with commas; stdlib: Python's library",
     late="how many times as often idioms show tasks that are learned late",
     max_mb="read about this many megabytes of each source; 0: all",
     threads="threads; 0: one a core. The result does not depend on it",
     out="checkpoint; --dense, --long and --quick name others", dtype="float64 is for checks")
-MOST_PARAMS = 1 << 30  # four arrays of so many float32 take 16 GB
 
 
 def choices(field):
@@ -675,6 +674,7 @@ def choices(field):
 def check_config(cfg):
     """Raise UserError on a field of a wrong type or value, and on a matrix of a block that is not
     in MATRICES: it would be neither sparse nor counted."""
+    ranges = RANGES | dict(anneal_end=(cfg.anneal_start, 1), min_per_neuron=(0, cfg.d_model))
     for f in dataclasses.fields(cfg):
         value, kind = getattr(cfg, f.name), (int, float) if f.type is float else f.type
         if not isinstance(value, kind) or (isinstance(value, bool) and f.type is not bool):
@@ -682,21 +682,15 @@ def check_config(cfg):
         if (allowed := choices(f)) and value not in allowed:
             raise UserError(f"--{f.name} must be one of {', '.join(allowed)}, not {value!r}")
         if f.type in (int, float):
-            low, high = RANGES.get(f.name, (0, 1) if f.type is float else (1, 1 << 16))
+            low, high = ranges.get(f.name, (0, 1) if f.type is float else (1, 1 << 16))
             if not low <= value <= high:  # nor is NaN
                 raise UserError(f"--{f.name} must be from {low} to {high}, not {value}")
-    if cfg.anneal_end < cfg.anneal_start:
-        raise UserError(f"--anneal_end must be at least --anneal_start, {cfg.anneal_start}")
-    if cfg.min_per_neuron > cfg.d_model:
-        raise UserError(f"--min_per_neuron must be at most --d_model, {cfg.d_model}")
     if cfg.d_model % cfg.d_head:
         raise UserError(f"--d_head {cfg.d_head} does not divide --d_model {cfg.d_model}")
-    if n_params(cfg) > MOST_PARAMS:
-        raise UserError(f"{n_params(cfg):,} parameters are too many: lower --vocab_size, "
-                        "--d_model or --n_layer")
+    if n_params(cfg) > 1 << 30:  # four arrays of so many float32 take 16 GB
+        raise UserError(f"{n_params(cfg):,} parameters are too many; lower --vocab_size, say")
     for name, shape in shapes(cfg).items():
-        if re.match(r"h\d+\.", name) and len(shape) > 1 and not (
-                block_matrix(name) or name.endswith("attn.relbias")):
+        if re.match(r"h\d+\.(?!attn.relbias)", name) and shape[1:] and not block_matrix(name):
             raise UserError(f"{name} is a matrix of a block, and not in MATRICES of sparsegpt.py: "
                             "it would be neither made sparse nor pruned")
 
@@ -718,21 +712,13 @@ def check_ids(ids, cfg, at=None, like=None):
         raise ValueError(f"at must be a place in 0..{ids.shape[1] - 1} for each row, not {at}")
 
 
-def check_used(cache):
-    """Raise RuntimeError if a backward pass has left caches: an op has lost its backward."""
-    if cache:
-        raise RuntimeError(f"backward did not use the cache of {', '.join(cache)}: each op of the "
-                           "forward pass needs its backward")
-
-
 # ---- text: documents, tokenizer, token streams --------------------------------------------------
-SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages",
-        "__pycache__"}  # folders of the standard library that hold no plain code
+SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages"}
 
 
 def source_files(source):
-    """Sorted paths of the files behind one entry of --data, but hidden ones. Raises UserError if
-    there is none."""
+    """Sorted paths of the files behind one entry of --data, but hidden ones; of the standard
+    library plain code alone. Raises UserError if there is none."""
     root = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source)
     files = [root] if root.is_file() else sorted(
         p for p in root.rglob("*") if p.is_file()
@@ -746,18 +732,17 @@ def source_files(source):
 
 
 def read_documents(data, max_mb=0.0, log=print):
-    """The texts behind --data, one per file. Files that are not UTF-8 text are skipped and
-    counted. Raises UserError where there is no text."""
+    """The texts behind --data, one a file. Files that are not UTF-8 text are skipped and counted.
+    Raises UserError where there is no text."""
     texts, skipped = [], 0
     for source in data.split(","):
         size = 0
         for path in source_files(source):
             if max_mb and size >= max_mb * 1e6:
                 break
-            try:
+            text = "\0"
+            with suppress(UnicodeDecodeError):
                 text = path.read_text("utf-8")
-            except UnicodeDecodeError:
-                text = "\0"
             if "\0" in text:
                 skipped += 1
             elif text.strip():
@@ -942,8 +927,7 @@ class Model(NamedTuple):
 
 
 def window_logits(model):
-    """The logit of each next token of a model's first window, which tell its forward pass from
-    another: [T - 1], or of its one token."""
+    """[T], the logits of the tokens of a model's first window: they mark its forward pass."""
     ids = model.text[:1]
     logits, _ = forward(model.params, ids, model.cfg)
     return to_host(logits)[0, np.arange(ids.shape[1]), np.roll(ids[0], -1)]
@@ -1079,8 +1063,7 @@ def evaluate_tasks(model, n=100, seed=0, split="eval"):
 
 # ---- the run around the loop --------------------------------------------------------------------
 def partial_path(out):
-    """Where an unfinished run keeps its state: a finished checkpoint stays until the end. It is
-    beside the file itself if `out` is a link."""
+    """Where an unfinished run keeps its state: beside what `out` is a link to, if it is one."""
     return Path(f"{os.path.realpath(out)}.partial")
 
 
@@ -1103,8 +1086,7 @@ def starting_state(cfg, path, resume, digest):
     partial = partial_path(path)
     if not resume:
         if partial.exists():
-            raise UserError(f"{partial} holds an unfinished run; continue it with --resume, or "
-                            "delete it")
+            raise UserError(f"{partial} holds an unfinished run: --resume it, or delete it")
         flat = init_flat(cfg)
         return flat, xp.zeros_like(flat), xp.zeros_like(flat), 0
     model = load_partial(path)
@@ -1112,21 +1094,17 @@ def starting_state(cfg, path, resume, digest):
     if dataclasses.replace(model.cfg, threads=cfg.threads, out=cfg.out) != cfg:
         raise UserError(f"{partial} is of a run with another config")
     if str(state["digest"]) != digest:
-        raise UserError(f"{partial} was trained on other data; resume with the same --data, files "
-                        "and Python")
+        raise UserError(f"{partial} was trained on other data: resume with its files and Python")
     flat = xp.concatenate([model.params[name].reshape(-1) for name in shapes(cfg)])
     return flat, xp.asarray(state["m"]), xp.asarray(state["v"]), int(state["step"])
 
 
 def train(cfg, resume=False, log=print):
-    """Train a model, save it to cfg.out, print what it can do; returns the Model. The method is
-    `training_steps`.
-
-    Ctrl-C saves the state beside cfg.out and raises KeyboardInterrupt; resume=True goes on from
+    """Train a Model by `training_steps`, save it to cfg.out, print what it can do, and return it.
+    Ctrl-C saves the state beside cfg.out and raises KeyboardInterrupt. resume=True goes on from
     there, or from the last automatic save, and ends with the same parameters, bit for bit, as a
     run that was never interrupted. Raises UserError on unusable data or output, and
-    FloatingPointError if the loss or a weight stops being finite.
-    """
+    FloatingPointError if the loss or a weight stops being finite."""
     if cfg.batch_size < processes().size:
         raise UserError(f"--batch_size must be at least {processes().size}, one row a process")
     path = check_output(cfg.out)
@@ -1226,9 +1204,8 @@ def print_results(model, val, log):
             s = scores.get(name)
             log(f"{name:<28} " + (f"{s.binary:8.4f} {s.full:8.4f} {s.accuracy:8.1%}" if s else
                                   "not scored: no prompt is of use"))
-        under = [sum(s.binary < level for s in scores.values()) for level in (0.05, 0.15)]
-        log(f"binary loss under 0.05 on {under[0]}, under 0.15 on {under[1]} of "
-            f"{len(names)} tasks")
+        low, most = (sum(s.binary < level for s in scores.values()) for level in (0.05, 0.15))
+        log(f"binary loss under 0.05 on {low}, under 0.15 on {most} of {len(names)} tasks")
     log(f"\nsample after {start!r}:\n    " + sample(model, start).replace("\n", "\n    "))
 
 
@@ -1258,9 +1235,8 @@ def parallel(fn, items, threads=0):
 def in_chunks(fn, *arrays, threads=0):
     """Run fn on parts of flat arrays, of about a core's cache each: smaller ones wait for each
     other at the interpreter's lock. A GPU takes all at once."""
-    n = len(arrays[0])
-    size = 1 << 18 if xp is np else n
-    parts = [slice(start, start + size) for start in range(0, n, size)]
+    size = 1 << 18 if xp is np else len(arrays[0])
+    parts = [slice(start, start + size) for start in range(0, len(arrays[0]), size)]
     parallel(lambda part: fn(*(array[part] for array in arrays)), parts, threads)
 
 
@@ -1301,17 +1277,14 @@ def batch_gradient(params, ids, targets, cfg):
 def keep_freed_memory():
     """Make glibc keep what is freed for the next array: fresh pages cost NumPy more than the
     arithmetic, 1.1 times a training step. Elsewhere than on glibc nothing is done."""
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest that it takes
-    mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest that it takes
+        mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD
 
 
 # ---- several processes: mpirun -n 4 python sparsegpt.py -----------------------------------------
 # Each takes a share of every batch, and all update alike. The first of them logs and saves.
-
 @functools.cache
 def processes():
     """MPI's communicator: its `size`, and `rank`, the number of this process, from 0. One process
@@ -1443,13 +1416,11 @@ def locked(path):
         if not os.fstat(descriptor).st_nlink:
             raise BlockingIOError  # its owner ends at this moment, and has just removed it
     except BlockingIOError as e:
-        raise UserError(f"another process writes to {path}: wait for its end, or choose another "
-                        "--out") from e
+        raise UserError(f"another process writes to {path}: wait, or choose another --out") from e
     except OSError as e:
         if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise UserError(f"cannot lock {path} by {lock}: {e.strerror or e}") from e
-        print(f"{path}: there are no locks here; do not let two programs write it",
-              file=sys.stderr)
+        print(f"{path}: there are no locks here; run one program at a time", file=sys.stderr)
     name = r".+\.(json|html|dot)" if folder else re.escape(path.name) + r"(\.partial)?"
 
     def clear():
@@ -1475,8 +1446,7 @@ ending = []  # not empty once a signal has come: a second one would only disturb
 @contextmanager
 def signals_to(handler, then=None):
     """Give Ctrl-C, SIGTERM and SIGHUP to a handler, except those that are ignored, as by nohup;
-    afterwards to another one, or as before. Only the main thread is told of signals: elsewhere
-    nothing changes."""
+    afterwards to `then`, or as before. In other threads than the main one nothing changes."""
     former = {}
     if threading.current_thread() is threading.main_thread():
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -1504,8 +1474,7 @@ def signals_blocked():
 
 @contextmanager
 def interrupts_noted():
-    """A list that signals are added to, in place of their usual effect, so that a step or a file
-    can be finished. (The lock of a threading.Event could be held when the second one comes.)"""
+    """A list that signals are added to, so that a step or a file can be finished."""
     noted = []
     with signals_to(lambda number, _: (noted.append(number), ending.append(number))):
         yield noted
@@ -1552,8 +1521,7 @@ def clock(seconds):
 
 
 class Progress:
-    """One line on stderr that rewrites itself; silent without a name, and where stderr is not a
-    terminal."""
+    """One line on stderr that rewrites itself, if it has a name and stderr is a terminal."""
 
     def __init__(self, name=""):
         self.name, self.stage, self.began, self.last = name, None, 0, 0
@@ -1563,7 +1531,8 @@ class Progress:
         now = time.perf_counter()
         if stage != self.stage:
             self.stage, self.began = stage, now
-        elif self.name and done and now - self.last > 1 and sys.stderr.isatty():
+        elif self.name and done and now - self.last > 1 and (
+                sys.stderr and sys.stderr.isatty()):  # None: it is closed
             self.last = now
             left = clock((now - self.began) * (total - done) / done)
             print(f"\r\033[K{self.name}: {stage}, {done} of {total}, {note}{left} left\r", end="",
@@ -1592,8 +1561,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if "unrecognized" in message:
             for word in re.findall(r"--\w+", message):
-                near = difflib.get_close_matches(word, self._option_string_actions, 1)
-                message += f" (did you mean {near[0]}?)" if near else ""
+                for near in difflib.get_close_matches(word, self._option_string_actions, 1):
+                    message += f" (did you mean {near}?)"
         raise UserError(f"{message}; see --help")
 
 
@@ -1660,10 +1629,6 @@ def extra(name, absent):
 
 
 # ---- checks and timings -------------------------------------------------------------------------
-TINY = dict(n_layer=2, d_model=32, d_head=8, n_ctx=12, vocab_size=300, batch_size=2,
-            dtype="float64", threads=1, min_per_neuron=0)  # the sizes of --gradcheck
-
-
 class Scales:
     """A hook that multiplies the channels of each site by numbers, after AbsTopK. After a backward
     pass, `grad` holds the gradients by these numbers."""
@@ -1683,10 +1648,11 @@ class Scales:
 
 def gradcheck(cfg, log=print):
     """Print the analytic and numeric derivative along a random direction of each parameter, and of
-    numbers that multiply the channels of each site, through a hook. In float64, for the model
-    options of cfg at small sizes. Where they differ, other points are tried: at a near tie of
-    AbsTopK both may be right. Returns the largest relative error."""
-    cfg = dataclasses.replace(cfg, **TINY)
+    numbers that multiply each site's channels, in float64, for cfg at small sizes. Where they
+    differ other points are tried, as a near tie of AbsTopK is no error. Returns the largest
+    relative error."""
+    cfg = dataclasses.replace(cfg, n_layer=2, d_model=32, d_head=8, n_ctx=12, vocab_size=300,
+                              batch_size=2, dtype="float64", threads=1, min_per_neuron=0)
     found, order = {}, []
     for seed in (4, 5, 6, 7):
         rng, flat, scales = np.random.default_rng(seed), init_flat(cfg), Scales()
@@ -1810,21 +1776,19 @@ def act(argv):
         return 0
     shown = dict(dataclasses.asdict(cfg), embed_density=target_density("wte", cfg),
                  threads=cfg.threads or n_cores())
-    print("config: " + " ".join(f"{name}={value}" for name, value in shown.items()))
+    print("config:", *(f"{name}={value}" for name, value in shown.items()))
     train(cfg, "resume" in given)
     print(f"\nnext: python sparsegpt.py --sample 'def f(' --out {shlex.quote(cfg.out)}")
     return 0
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0, 1 for a check that failed, 2 for a mistake,
-    130 for Ctrl-C."""
+    """The exit status of the command line: 1 is a failed check, 2 a mistake, 130 Ctrl-C."""
     return command("sparsegpt.py", act, argv)
 
 
 # ---- the GPU ------------------------------------------------------------------------------------
 # On CuPy the ops of Part I run as they are, but for those that extras/gpu.py puts kernels for.
-
 plain_ops = []  # what puts the ops of Part I back in the place of kernels
 
 
@@ -1843,9 +1807,8 @@ def use_device(name):
         import cupy
         cupy.zeros(1).sum()  # a driver without a usable device fails here, not at import
     except Exception as e:
-        raise UserError(f"SPARSEGPT_DEVICE=gpu, but there is no usable GPU: {type(e).__name__}: "
-                        f"{e}; install CuPy for your CUDA version (pip install cupy-cuda12x) or "
-                        "set SPARSEGPT_DEVICE=cpu") from e
+        raise UserError(f"SPARSEGPT_DEVICE=gpu, but no usable GPU ({type(e).__name__}: {e})"
+                        "; CuPy for your CUDA version: pip install cupy-cuda12x") from e
     xp, note = cupy, ""
     if processes().rank:
         cupy.cuda.Device(processes().rank % cupy.cuda.runtime.getDeviceCount()).use()
