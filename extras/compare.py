@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+from collections import Counter, defaultdict
 from statistics import geometric_mean
 
 import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
@@ -173,14 +174,12 @@ def kind_of(cfg):
 
 def by_kind(models):
     """The dicts of `facts` in lists of one kind, by seed. A repeated model starts a list."""
-    out = []
+    out, times = defaultdict(list), Counter()
     for m in models:
-        home = next((kind for kind in out if kind[0]["kind"] == m["kind"]
-                     and m["seed"] not in [other["seed"] for other in kind]), None)
-        if home is None:
-            out.append(home := [])
-        home.append(m)
-    return [sorted(kind, key=lambda m: m["seed"]) for kind in out]
+        own = m["kind"], m["seed"]
+        out[m["kind"], times[own]].append(m)
+        times[own] += 1
+    return [sorted(kind, key=lambda m: m["seed"]) for kind in out.values()]
 
 
 # ---- tables -------------------------------------------------------------------------------------

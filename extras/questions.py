@@ -29,15 +29,15 @@ def frozen_values(circuit, model):
 def explain(circuit, model, text=None, columns=5):
     """The value of each of a circuit's nodes at each token of its pair of prompts, or of a prompt
     of one's own. Nodes that are alike on both prompts of the pair are left out."""
-    example, lines = circuit.report["example"], []
-    if text is not None:
-        example, _ = prune.pair_readings(model, circuit.mask, frozen_values(circuit, model),
-                                         prune.own_prompt(model, text), {})
-    names = list(example["values"])
     if text is None:
+        example, lines = circuit.report["example"], []
         names = sg.extra("draw", "prompts are not compared").differing(example)
         if left := len(example["values"]) - len(names):
-            lines.append(f"{left} nodes that do not differ between the prompts are left out")
+            lines = [f"{left} nodes that do not differ between the prompts are left out"]
+    else:
+        example, _ = prune.pair_readings(model, circuit.mask, frozen_values(circuit, model),
+                                         prune.own_prompt(model, text), {})
+        names, lines = list(example["values"]), []
     both = range(len(example["prompts"]))
     for start, p in itertools.product(range(0, len(names), columns), both):
         some = names[start:start + columns]
