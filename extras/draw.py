@@ -221,11 +221,10 @@ def picture(circuit):
                 min(tall // 12, WINDOW // (len(columns) - 1 or 1)))
     x = {column: i * pitch - WIDE * (column == IN) for i, column in enumerate(columns)}
     width = {column: WIDE * (1 + (column in (IN, OUT))) for column in columns}
-    left, out = x[columns[0]] - 12, []
+    left = x[columns[0]] - 12
     wide = x[columns[-1]] + width[columns[-1]] + 12 - left
-    for column in columns:
-        out.append(f'<text class="mute" x="{x[column] + width[column] / 2}" y="{top + 20:.0f}">'
-                   f"{visible(column[2])}</text>")
+    out = [f'<text class="mute" x="{x[column] + width[column] / 2}" y="{top + 20:.0f}">'
+           f"{visible(column[2])}</text>" for column in columns]
     for column, head in dict.fromkeys(head for box, head in heads.items() if head != box):
         ys = [y[box] for box in heads if heads[box] == (column, head)]
         out.append(f'<rect class="soft" data-lit="" x="{x[column] - 7}" y="{min(ys) - 38:.1f}" '

@@ -276,16 +276,20 @@ def tree_lines(tree, followed, least, tokens):
     return lines, printed
 
 
-def deletions(model, prompt, amounts, difference):
-    """How the amounts of nodes correlate with what their deletion takes away. amounts: {name:
-    [(amount, slope)] of each of its paths}."""
+def deletions(model, prompt, tree, printed, difference):
+    """How the amounts of the printed nodes, over all paths of a tree, correlate with what their
+    deletion takes away from the difference."""
     cfg, means = model.cfg, prune.mean_activations(model, model.text)
+    taken, branches, every = dict.fromkeys(printed, 0.0), list(tree), prune.every_node(cfg)
+    for branch in branches:  # which grows
+        branches += branch.children
+        if branch.name in taken:
+            mean = means[prune.node_number(branch.name, cfg)]
+            taken[branch.name] += branch.amount - branch.slope * mean
     runner, rows = prune.PlainRunner(model, means, prompt), []
-    for name, paths in amounts.items():
-        n = prune.node_number(name, cfg)
-        taken = sum(amount - slope * means[n] for amount, slope in paths)
-        changed = prune.margins(runner.logits(prune.every_node(cfg).without([n])), prompt)[0]
-        rows.append((taken, difference - changed))
+    for name, amount in taken.items():
+        mask = every.without([prune.node_number(name, cfg)])
+        rows.append((amount, difference - prune.margins(runner.logits(mask), prompt)[0]))
     if len(rows) < 3:
         return ["too few nodes to check"]
     return [f"check: over these {len(rows)} nodes, amounts (beyond the nodes' means) and what "
@@ -316,13 +320,8 @@ def trace(model, text, answers=None, share=0.8, most=60):
                            f"({type(e).__name__}: {e})") from e
     lines, printed = tree_lines(tree, followed, 0.05 * abs(difference),
                                 [prune.token(model, i) for i in ids])
-    amounts, branches = {name: [] for name in printed}, list(tree)
-    for branch in branches:  # which grows
-        branches += branch.children
-        if branch.name in amounts:
-            amounts[branch.name].append((branch.amount, branch.slope))
     return [f"{sg.one_line(model.tok.decode(ids[1:]))}  ->  `{prune.token(model, first)}` less "
             f"`{prune.token(model, second)}`: logits differ by {difference:+.3f}",
             f"{known:+8.3f}  bigram table and biases", *lines,
             f"not followed to its end: {left:.0%} of all amounts, signs aside",
-            *deletions(model, prompt, amounts, difference)]
+            *deletions(model, prompt, tree, printed, difference)]
