@@ -48,7 +48,7 @@ def install(sg):
 def agree(sg, name, kernel):
     """Whether a kernel gives what the op of its name in sg gives, to 1e-4, on random numbers."""
     def numbers(x):  # all in nested arrays, flat, on the host
-        parts = x.values() if isinstance(x, dict) else x if isinstance(x, tuple) else ()
+        parts = x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ()
         flat = sg.to_host(x).ravel() if hasattr(x, "shape") else ()
         return np.concatenate([flat, *map(numbers, parts)])
 

@@ -11,7 +11,7 @@ template <class T> __device__ T warp_sum(T x) {
     return x;
 }
 
-// ---- a warp a row: `row` and `lane` of a thread, for a block of 32 x 4 --------------------------
+// ---- a warp a row: `row` and `lane` of a thread, for a block of 32 x 4 -------------------------
 
 #define ROW int lane = threadIdx.x, row = blockIdx.x * blockDim.y + threadIdx.y; \
     if (row >= rows) return
@@ -107,7 +107,7 @@ extern "C" __global__ void softmax_backward(int rows, const float* d, const floa
     if (lane == 0) along[row] = sum;
 }
 
-// ---- weight top-k: all matrices at once ---------------------------------------------------------
+// ---- weight top-k: all matrices at once --------------------------------------------------------
 // Keys are |w|, or infinite for the j largest of each neuron: the k largest keys stay.
 
 struct Matrix { float* w; int* keys; long long n, k, j, stride; };  // stride: in a neuron
