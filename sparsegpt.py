@@ -94,9 +94,9 @@ class Config:
 
 
 # ---- ops: each forward, and its backward right under it -----------------------------------------
-# Most ops are `out, cache = op(x, ...)`, with `dx = op_backward(dout, cache)` under it: from the
-# gradient of the loss by `out` those by the array inputs, in their order. Others are parts of ops.
-# No op changes its input. N is batch x time, so that a linear map is one matrix product.
+# Most ops are `out, cache = op(x, ...)`, with `dx = op_backward(dout, cache)` under it. `dout` is
+# the gradient of the loss by `out`; returned are those by the array inputs, in their order. Others
+# are parts of ops. No op changes its input. N is batch x time: a linear map is one matrix product.
 
 def embedding(ids, wte, wpe):  # [B, T], [V, C], [n_ctx, C] or None -> [B*T, C]
     """Rows of the token table, plus learned positions if there are any."""
@@ -632,7 +632,6 @@ import importlib
 import json
 import re
 import shlex
-import stat
 import sysconfig
 import tempfile
 import threading
@@ -1176,8 +1175,8 @@ def train_on(corpus, cfg, path, resume, log):
         save_or_aside(save_model, path, model)
         partial_path(path).unlink(missing_ok=True)
         log(f"trained in {clock(time.perf_counter() - began)}; saved to {cfg.out}")
-        if interrupts:
-            raise KeyboardInterrupt(f"{cfg.out} is whole, and not scored")
+    if interrupts:
+        raise KeyboardInterrupt(f"{cfg.out} is whole, and not scored")
     return model
 
 
@@ -1345,7 +1344,7 @@ def write_whole(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         path = path.resolve()  # a link stays
         os.umask(umask := os.umask(0))
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~umask
+        mode = path.stat().st_mode if path.exists() else 0o666 & ~umask
         descriptor, temporary = tempfile.mkstemp(".unfinished", f".{path.name}.", path.parent)
         try:
             with open(descriptor, "wb") as f:
@@ -1410,7 +1409,7 @@ def locked(path):
     mode = os.O_RDONLY | (0 if folder else os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         descriptor = os.open(lock, mode, 0o666)
-        if not (folder or stat.S_ISREG(os.fstat(descriptor).st_mode)):
+        if not (folder or lock.is_file()):
             raise OSError(errno.EEXIST, "it is no file")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.fstat(descriptor).st_nlink:
@@ -1475,9 +1474,9 @@ def signals_blocked():
 @contextmanager
 def interrupts_noted():
     """A list that signals are added to, so that a step or a file can be finished."""
-    noted = []
-    with signals_to(lambda number, _: (noted.append(number), ending.append(number))):
-        yield noted
+    ending.clear()
+    with signals_to(lambda number, _: ending.append(number)):
+        yield ending
 
 
 # ---- output, flags and the end ------------------------------------------------------------------
