@@ -71,6 +71,7 @@ class Settings:
     steps: int = 400         # of each
     pairs: int = 8           # prompt pairs a step
     search_pairs: int = 64   # pairs that the loss is measured on; masks see twice as many
+    restore: float = 1.0     # largest share of other nodes restored beside a circuit; 0: the paper
     seed: int = 0
 
     def __post_init__(self):
@@ -78,19 +79,21 @@ class Settings:
             raise sg.UserError(f"there is no ablation {self.ablation!r}")
         for name, low, high in (("target", 0.0001, 0.69), ("runs", 1, 9), ("steps", 1, 100_000),
                                 ("pairs", 1, 1000), ("search_pairs", 1, 1000),
-                                ("seed", 0, 1 << 31)):
-            value, kind = getattr(self, name), (int, float) if name == "target" else int
+                                ("restore", 0, 1), ("seed", 0, 1 << 31)):
+            value = getattr(self, name)
+            kind = (int, float) if name in ("target", "restore") else int
             if not (isinstance(value, kind) and low <= value <= high):  # nor is NaN
                 raise sg.UserError(f"--{name} must be from {low} to {high}, not {value!r}")
 
     def limit(self):
         """(loss, what it is) up to which checks of a loss pass: chance proves nothing."""
-        return min((2 * self.target, "twice the target"), (0.35, "half of chance"))
+        return min((2 * self.target, "twice the target"), (HALF_CHANCE, "half of chance"))
 
 
 # k_coef (loss per node kept), rate and temperature of the runs, in the order of their use.
 TRIALS = ((1e-3, 0.03, 1.0), (1e-3, 0.01, 1.0), (1e-3, 0.03, 0.3))
 TOO_LARGE = 2000  # edges that are not cleaned: thousands of trials, a tenth of a second each
+HALF_CHANCE = math.log(2) / 2
 
 
 # ---- a task's circuit, and its controls ---------------------------------------------------------
@@ -119,13 +122,19 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, ch
     jobs = [("circuit", task, 0)]
     if checks:
         control = ModelContext(shuffled(model), settings.ablation)
+        # With all other nodes restored a control is the full model, which fails it: that would
+        # show nothing. With half of them it may succeed.
+        half = dataclasses.replace(settings, restore=min(0.5, settings.restore))
         for key, of, labels in zip(CONTROLS, (context, context, control),
                                    ("nonsense", "inverted", "true")):
-            jobs.append((key, PruningTask(of.model, of.frozen_values, name, settings, labels), 0))
+            jobs.append((key, PruningTask(of.model, of.frozen_values, name, half, labels), 0))
         jobs += [(f"seed {i}", task, i) for i in range(1, seeds)]
     said = [progress and f"{name}, search {i} of {len(jobs)}" for i in range(1, len(jobs) + 1)]
     results = on_cores(search_job, list(zip(said, jobs)), workers)
-    circuit = make_circuit(context, task, next(results)[1])
+    _, own = next(results)
+    if own.mask is None:
+        raise CannotPrune(f"no set of nodes that was tried does {name} alone and beside others")
+    circuit = make_circuit(context, task, own)
     found(circuit, None)
     for check in checks_of(circuit, task, results):
         circuit.add(check)
@@ -136,11 +145,13 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, ch
 def search_job(job):
     """(key, SearchResult) of a job: (what its progress is called, (key, PruningTask, seed))."""
     said, (key, task, seed) = job
-    return key, search(task, sg.Progress(said and f"{said}, {key}"), seed)
+    to_clean = key not in CONTROLS or not task.settings.restore
+    return key, search(task, sg.Progress(said and f"{said}, {key}"), seed, to_clean)
 
 
 class PruningTask:
-    """A model and a task to find circuits for: the prompts, and the values of deleted nodes.
+    """A model and a task to find circuits for: the prompts, the values of deleted nodes, and what
+    a circuit must do, see `holds`.
 
     Masks are learned on `pool`. Losses are measured on `judged`, the first half of it. Nothing is
     chosen by the held-out prompts. labels: see `make_prompts`.
@@ -155,6 +166,9 @@ class PruningTask:
         n = len(self.pool.last)
         self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
         self.held = make_prompts(model, name, settings.search_pairs, settings.seed, "held")
+        rng = np.random.default_rng([settings.seed, 1])
+        self.restoring = PlainRunner(model, frozen_values, self.judged, restored=restored_nodes(
+            len(self.judged.last), settings.restore, rng, model.cfg))
         self.runner = quickest(model, frozen_values, self.judged) if self.text is None else (
             PlainRunner(model, frozen_values, self.judged, self.text,
                         np.random.default_rng(settings.seed)))
@@ -176,10 +190,59 @@ class PruningTask:
         """The binary loss of the full model."""
         return self.loss(every_node(self.model.cfg))
 
+    def holds(self, mask):
+        """Whether a mask does the task at the target loss: alone, and beside any share of the
+        other nodes. Where all of them may be restored, it must also carry the answer in the full
+        model. (Judged by restored nodes alone, cleaning leaves circuits that do not: see
+        docs/defaults.md.)"""
+        return self.loss(mask) <= self.settings.target and (
+            self.carries(mask) and self.restored_loss(mask) <= self.settings.target)
+
+    def restored_loss(self, mask):
+        """`loss`, or if larger, the mean with other nodes restored: for every pair others, in all
+        shares up to `Settings.restore`. Once it is sure to be over the target, some larger loss.
+        A deleted edge between two nodes of the mask stays deleted beside restored nodes."""
+        loss, total, n = self.loss(mask), 0.0, len(self.judged.last)
+        if self.settings.restore:
+            for index, logits in self.restoring.logits_by_part(mask):
+                total += len(index) * logistic(margins(logits, self.judged.rows(index)))
+                if total > n * math.log(2):
+                    break
+        return max(loss, total / n)
+
+    def carries(self, mask):
+        """Whether the full model gives the other answer where the mask's nodes take the values of
+        the pair's other prompt, and is no better than chance without them. It is not asked where
+        not even all nodes do that, as the last token alone decides."""
+        def does(nodes):
+            key = nodes.tobytes()
+            if key not in self.known:
+                flipped = interchanged(self.model, self.pairs_seen, nodes)
+                self.known[key] = logistic(-flipped) <= HALF_CHANCE and (
+                    self.loss(CircuitMask(~nodes)) >= math.log(2))
+            return self.known[key]
+
+        return self.settings.restore < 1 or does(mask.nodes) or not does(np.ones_like(mask.nodes))
+
+    @functools.cached_property
+    def pairs_seen(self):
+        """See `seen_pairs`, of a part of the prompts."""
+        return seen_pairs(self.model, self.judged.rows(np.arange(min(32, len(self.judged.last)))))
+
     def size(self, mask):
         """(nodes, edges) of a mask: the numbers that are reported."""
         edges = kept_edges(mask, self.model.params, self.model.cfg)
         return int(mask.nodes.sum()), int(sum(kept.sum() for kept in edges.values()))
+
+
+def restored_nodes(n_prompts, largest, rng, cfg, none=0.0):
+    """Bool [n_prompts, nodes]: the nodes that are restored beside a circuit for each prompt, the
+    two of a pair alike. They are a share of all nodes, at random. Over the pairs the shares are
+    spread evenly from 0 to the largest, after the part `none` of the pairs, which get no node."""
+    n = n_prompts // 2
+    spread = rng.permutation((np.arange(n) + rng.random(n)) / n)
+    share = largest * np.maximum(0, (spread - none) / (1 - none))
+    return np.repeat(rng.random((n, n_nodes(cfg))) < share[:, None], 2, 0)
 
 
 class SearchResult(NamedTuple):
@@ -189,8 +252,8 @@ class SearchResult(NamedTuple):
     stages: list  # size and loss after each
 
 
-def search(task, progress, seed=0):
-    """Find a small circuit: learn masks, take the fewest nodes by rank, clean nodes and edges.
+def search(task, progress, seed=0, to_clean=True):
+    """Find a small circuit: learn masks, take the fewest nodes by rank that hold, clean.
 
     The runs differ in hyperparameters and seed; the one with the fewest edges at the target is
     cleaned. The same settings and seed give the same circuit.
@@ -199,7 +262,7 @@ def search(task, progress, seed=0):
 
     def stage(name, mask):
         nodes, edges = task.size(mask)
-        stages.append(dict(stage=name, nodes=nodes, edges=edges, loss=task.loss(mask)))
+        stages.append(dict(stage=name, nodes=nodes, edges=edges, loss=task.restored_loss(mask)))
 
     goal, i, short = training_target(s.target, task.full_loss()), 0, True
     while i < s.runs or (short and i == s.runs):
@@ -210,8 +273,8 @@ def search(task, progress, seed=0):
         order, tau = learn_masks(task, k_coef, lr, temperature, [seed, i], of_all_runs,
                                  goal / 2 if i == s.runs else goal)
         learned, i = CircuitMask(tau >= 0), i + 1
-        mask = bisect(order, lambda m: task.loss(m) <= s.target, int(learned.nodes.sum()))
-        loss, size = task.loss(learned), mask and task.size(mask)
+        mask = bisect(order, task.holds, int(learned.nodes.sum()))
+        loss, size = task.restored_loss(learned), mask and task.size(mask)
         best_loss = min(best_loss, loss)
         # All masks so far fell short, and their ranking needs far too many nodes.
         short = short and s.target < loss < 3 * s.target and (
@@ -223,8 +286,9 @@ def search(task, progress, seed=0):
     _, mask, learned = best
     stage("learned masks", learned)
     stage("fewest by rank", mask)
-    mask = clean(task, mask, stage, progress)
-    return SearchResult(mask, task.loss(mask), stages)
+    if to_clean:
+        mask = clean(task, mask, stage, progress)
+    return SearchResult(mask, task.restored_loss(mask), stages)
 
 
 def training_target(target, full):
@@ -255,7 +319,10 @@ def learn_masks(task, k_coef, lr, temperature, seed, progress, target):
     for step in range(s.steps):
         pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
         batch = task.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
-        loss, by_node = gradient(model, batch, (tau >= 0)[index], task.values_for(batch, rng))
+        kept = (tau >= 0)[index]
+        if s.restore:  # others are restored at random, in a quarter of the pairs none
+            kept = kept | restored_nodes(len(batch.last), s.restore, rng, model.cfg, 0.25)
+        loss, by_node = gradient(model, batch, kept, task.values_for(batch, rng))
         by_tau = np.bincount(index, by_node)
         increase = 0.95 * increase - 0.05 * by_tau
         smooth = 0.9 * smooth + 0.1 * loss
@@ -289,9 +356,9 @@ def gradient(model, prompts, nodes, frozen_values):
     margin, dlogits = margins(logits, prompts), np.zeros_like(logits)
     slope = np.exp(-np.logaddexp(0, margin)) / len(rows)  # the wrong answer's probability
     dlogits[rows, prompts.right], dlogits[rows, prompts.wrong] = -slope, slope
-    linear_backward = sg.linear_backward
+    linear_backward, none = sg.linear_backward, sg.xp.zeros((1, 1), logits.dtype)
     # A mask needs no gradients of weights: without them a step takes two thirds of the time.
-    sg.linear_backward = lambda dout, cache: (dout @ cache[1].T, None, None)
+    sg.linear_backward = lambda dout, cache: (dout @ cache[1].T, none, none)
     try:
         sg.backward(sg.xp.asarray(dlogits), cache, model.cfg)
     finally:
@@ -305,7 +372,8 @@ class Ablation:
 
     AbsTopK chooses among the kept nodes alone, so a circuit computes with nothing but its own
     nodes; or, with `seen`, the full model's values {site: [N, C]}, those are active that are so
-    there. nodes: bool by node. frozen_values: by node, or {site: [N, C]} with one for each token.
+    there. nodes: bool by node, or [B, nodes] with a set for each prompt. frozen_values: by node,
+    or {site: [N, C]} with one for each token.
     After a backward pass, `grad` is by node the gradient of the loss by a number m in
     m x + (1 - m) frozen, where x is the value that the node has, or would have if it were kept.
     """
@@ -316,14 +384,20 @@ class Ablation:
             frozen_values = sg.xp.asarray(frozen_values, cfg.dtype)
             frozen_values = {site: frozen_values[part] for site, part in self.slices.items()}
         self.frozen_values, self.nodes = frozen_values, sg.xp.asarray(nodes)
-        self.n_kept = {site: int(nodes[part].sum()) for site, part in self.slices.items()}
+        self.most = {site: int(nodes[..., part].sum(-1).max())
+                     for site, part in self.slices.items()}
         self.grad = sg.xp.zeros(n_nodes(cfg), cfg.dtype)
 
+    def kept(self, site, x):
+        """Which of a site's nodes are kept: bool [C], or [N, C] for the tokens of x."""
+        kept = self.nodes[..., self.slices[site]]
+        return kept if kept.ndim == 1 else kept.repeat(len(x) // len(kept), 0)
+
     def forward(self, site, x, k):
-        xp, kept, active = sg.xp, self.nodes[self.slices[site]], None
+        xp, kept, active = sg.xp, self.kept(site, x), None
         if self.seen and k < x.shape[1]:
             active = self.seen[site] != 0
-        elif k < x.shape[1] and k <= self.n_kept[site]:  # else all kept nodes stay active
+        elif k < x.shape[1] and k <= self.most[site]:  # else all kept nodes stay active
             size = abs(x)
             winners = sg.topk_mask(size * kept, k)
             # A deleted node, if it were kept, would have to exceed the least active one.
@@ -336,7 +410,7 @@ class Ablation:
     def backward(self, site, dx):
         part, (x, active) = self.slices[site], self.saved.pop(site)
         self.grad[part] = sg.xp.einsum("nc,nc->c", dx, x - self.frozen_values[site])
-        dx = dx * self.nodes[part]
+        dx = dx * self.kept(site, dx)
         return dx if active is None else dx * active
 
 
@@ -374,9 +448,9 @@ def rank_by_attribution(task):
 
 def clean(task, mask, stage, progress):
     """The mask without every node and edge that can go alone, one after another, until none can,
-    and without disconnected nodes and groups of minor ones if the loss allows. A circuit of over
+    and without disconnected nodes and groups of minor ones if it still holds. A circuit of over
     TOO_LARGE edges stays as it is."""
-    model, target = task.model, task.settings.target
+    model = task.model
     if task.size(mask)[1] > TOO_LARGE:
         stage("not cleaned: too large", mask)
         return mask
@@ -388,29 +462,29 @@ def clean(task, mask, stage, progress):
         return nodes(m) + edge_list(kept_edges(m, model.params, model.cfg))
 
     mask = mask._replace(edges=kept_edges(mask, model.params, model.cfg))
-    mask = delete_greedily(mask, nodes, task.loss, target, progress, "cleaning nodes", {})
+    mask = delete_greedily(mask, nodes, task, progress, "cleaning nodes", {})
     stage("nodes cleaned", mask)
     size, loss_without = None, {}
     while task.size(mask) != size:
         size = task.size(mask)
-        mask = delete_greedily(mask, nodes_and_edges, task.loss, target, progress,
-                               "cleaning edges", loss_without)
+        mask = delete_greedily(mask, nodes_and_edges, task, progress, "cleaning edges",
+                               loss_without)
         groups = minor_groups(task, mask, importance(task, mask))
         for group in (disconnected_nodes(mask, model, task.pool), *groups):
-            if len(group) and task.loss(mask.without(group)) <= target:
+            if len(group) and task.holds(mask.without(group)):
                 mask = mask.without(group)
     stage("edges cleaned", mask)
     return mask
 
 
-def delete_greedily(mask, items, loss, target, progress, stage, loss_without):
+def delete_greedily(mask, items, task, progress, stage, loss_without):
     """The mask without every item that it can do without: none that is left can go alone.
 
     Items are tried in passes, in the order of the loss without each (kept in `loss_without`, from
-    when it was last tried alone). They go in groups that double where the loss stays within the
-    target, and are halved where it does not. The last pass tries every item that is left.
+    when it was last tried alone). They go in groups that double where the mask still holds, and
+    are halved where it does not. The last pass tries every item that is left.
     """
-    left = items(mask)
+    left, loss, target = items(mask), task.loss, task.settings.target
     new = [item for item in left if item not in loss_without]
     for i, item in enumerate(new):
         loss_without[item] = loss(mask.without([item]))
@@ -422,13 +496,12 @@ def delete_greedily(mask, items, loss, target, progress, stage, loss_without):
         i, size, deleted = 0, 1, False
         while i < len(left):
             group = left[i:i + size]
-            value = loss(trial := mask.without(group))
-            if value <= target:
+            if task.holds(trial := mask.without(group)):
                 mask, deleted, i, size = trial, True, i + len(group), 2 * size
             elif len(group) > 1:
                 size = len(group) // 2
             else:
-                loss_without[group[0]], i = value, i + 1
+                loss_without[group[0]], i = loss(trial), i + 1
             progress(stage, i, len(left))
         left = sorted(items(mask), key=loss_without.get) if deleted else []
     return mask
@@ -734,6 +807,48 @@ def resampled(model, prompts, text, rng):
     return observe(model, text[rng.choice(len(text), B)][:, :T], prompts.last)[1]
 
 
+def seen_pairs(model, prompts):
+    """[(Prompts, margins [n], {site: [N, C]} of all nodes)] of the full model, in parts of whole
+    pairs, one after the other."""
+    out = []
+    for start in range(0, len(prompts.last), 16):
+        part = prompts.rows(np.arange(start, min(start + 16, len(prompts.last))))
+        logits, seen, _ = observe(model, part.ids, part.last)
+        out.append((part, margins(sg.to_host(logits), part), seen))
+    return out
+
+
+class Interchange:
+    """A hook: the full model, but some nodes have the values of the other prompt of each pair,
+    aligned from the end. part, _, seen: of `seen_pairs`."""
+
+    def __init__(self, nodes, part, seen, cfg):
+        self.nodes, self.seen, self.slices = sg.xp.asarray(nodes), seen, node_slices(cfg)
+        B, T = part.ids.shape
+        other, t = np.arange(B) ^ 1, np.arange(T)
+        there = t + (part.last[other] - part.last)[:, None]
+        # Before the start of the other prompt stands nothing: there a node keeps its own value.
+        rows = np.where(there < 0, np.arange(B)[:, None] * T + t,
+                        other[:, None] * T + np.minimum(there, T - 1))
+        self.every, self.last = (sg.xp.asarray(x) for x in (rows.reshape(-1), other))
+
+    def forward(self, site, x, k):
+        rows = self.every if len(x) == len(self.every) else self.last
+        return sg.xp.where(self.nodes[self.slices[site]], self.seen[site][rows],
+                           sg.abstopk(x, k)[0])
+
+
+def interchanged(model, pairs_seen, nodes):
+    """Margins [n] of the full model where some nodes, bool by node, take the values that they have
+    on the pair's other prompt (interchange). pairs_seen: see `seen_pairs`."""
+    out = []
+    for part, _, seen in pairs_seen:
+        hook = Interchange(nodes, part, seen, model.cfg)
+        logits, _ = sg.forward(model.params, part.ids, model.cfg, hook, part.last)
+        out.append(margins(sg.to_host(logits), part))
+    return np.concatenate(out)
+
+
 def attention_weights(cache, block):
     """[B, H, T, T + 1] on the host, the sink's share last, from the cache of a forward pass."""
     _, _, _, (weights, sink_share), *_ = cache[f"h{block}.attention"]
@@ -755,10 +870,12 @@ class PlainRunner:
 
     frozen_values: by node. text, rng: deleted nodes take values on other text instead, which is a
     stronger ablation, as these can mislead. Deleted edges stay frozen at `frozen_values`.
+    restored: see `restored_nodes`; these are kept too, with all their edges.
     """
 
-    def __init__(self, model, frozen_values, prompts, text=None, rng=None):
+    def __init__(self, model, frozen_values, prompts, text=None, rng=None, restored=None):
         self.model, self.frozen_values, self.parts = model, frozen_values, prompts.parts()
+        self.restored = [False if restored is None else restored[i] for i, _ in self.parts]
         self.values = [frozen_values if text is None else resampled(model, part, text, rng)
                        for _, part in self.parts]
 
@@ -774,19 +891,22 @@ class PlainRunner:
                 sg.xp.asarray(deleted))
         return out
 
-    def hook(self, mask, params, part, values):
+    def hook(self, mask, params, part, values, restored):
         """The hook for one part of the prompts."""
-        return Ablation(mask.nodes, values, self.model.cfg)
+        return Ablation(mask.nodes | restored, values, self.model.cfg)
+
+    def logits_by_part(self, mask):
+        """Yields (index, logits at the deciding positions [n, V]) of the parts of the prompts."""
+        params = self.params(mask)
+        for (index, part), *more in zip(self.parts, self.values, self.restored):
+            hook = self.hook(mask, params, part, *more)
+            logits, _ = sg.forward(params, part.ids, self.model.cfg, hook, part.last)
+            yield index, sg.to_host(logits)
 
     def logits(self, mask):
         """Logits at the deciding positions [n, V], on the host, in the order of the prompts."""
-        params, n = self.params(mask), sum(len(index) for index, _ in self.parts)
-        out = np.empty((n, self.model.cfg.vocab_size), self.model.cfg.dtype)
-        for (index, part), values in zip(self.parts, self.values):
-            hook = self.hook(mask, params, part, values)
-            logits, _ = sg.forward(params, part.ids, self.model.cfg, hook, part.last)
-            out[index] = sg.to_host(logits)
-        return out
+        index, logits = zip(*self.logits_by_part(mask))
+        return np.concatenate(logits)[np.argsort(np.concatenate(index))]
 
 
 class FastRunner(PlainRunner):
@@ -865,7 +985,7 @@ class FastRunner(PlainRunner):
         p = {name: sg.xp.asarray(x, cfg.dtype) for name, x in p.items()}
         return p | {site: sg.xp.asarray(np.flatnonzero(x)) for site, x in kept.items()}
 
-    def hook(self, mask, params, part, values):
+    def hook(self, mask, params, part, values, restored):
         return KeptChannels(self.model.cfg, params, part, values)
 
     def logits(self, mask):
@@ -1056,8 +1176,9 @@ def make_circuit(context, task, result):
 # ---- checks -------------------------------------------------------------------------------------
 
 CONTROLS = ("nonsense task", "inverted task", "shuffled weights")
-CHECKS = ("held-out prompts", "necessity", "resampled ablation", "full model's AbsTopK",
-          "attention", *CONTROLS, "other seeds")
+CHECKS = ("held-out prompts", "others restored", "necessary at every share", "necessity",
+          "interchange", "recall", "resampled ablation", "full model's AbsTopK", "attention",
+          *CONTROLS, "other seeds")
 
 
 def verdict(name, passed, text, **numbers):
@@ -1077,15 +1198,18 @@ def loss_check(settings, name, loss, text):
 def checks_of(circuit, task, results):
     """The checks of a circuit, each as it ends: those of its own, then for each of the results,
     (key, SearchResult) of other searches, what it shows."""
-    seeds, size = [], task.size(circuit.mask)
+    seeds = []
     yield check_held_out(circuit)
+    yield from check_restored(task, circuit.mask)
     yield check_necessity(task, circuit.mask)
+    yield check_interchange(task, circuit.mask)
+    yield check_recall(task, circuit.mask)
     yield check_resampled(task, circuit.mask)
     yield check_gated(task, circuit.mask)
     yield check_attention(circuit)
     for key, result in results:
         if key in CONTROLS:
-            yield check_control(key, result, size, circuit.settings.target)
+            yield check_control(key, result, circuit.report["stages"], circuit.settings.target)
         else:
             seeds.append(result)
     circuit.report["seeds"] = 1 + len(seeds)
@@ -1099,20 +1223,84 @@ def check_held_out(circuit):
                       f"loss {own:.3f}, full model {full:.3f}")
 
 
+def check_restored(task, mask):
+    """Two checks on fresh draws of other nodes, a fifth of their shares at a time: beside the
+    circuit, on search and on held-out prompts; and without the circuit."""
+    nothing, by_share = CircuitMask(np.zeros_like(mask.nodes)), []
+    for i, (kept, prompts) in enumerate(((mask, task.judged), (mask, task.held),
+                                         (nothing, task.judged))):
+        rng, loss, share = np.random.default_rng([3, i]), [], []
+        for _ in range(2):
+            nodes = restored_nodes(len(prompts.last), 1.0, rng, task.model.cfg)
+            nodes &= kept.nodes | ~mask.nodes
+            runner = PlainRunner(task.model, task.frozen_values, prompts, restored=nodes)
+            loss.append(np.logaddexp(0, -margins(runner.logits(kept), prompts)))
+            share.append(nodes.mean(1))
+        loss, order = np.concatenate(loss), np.argsort(np.concatenate(share), kind="stable")
+        by_share.append([float(loss[part].mean()) for part in np.array_split(order, 5)])
+    (search, held, without), (limit, why) = by_share, task.settings.limit()
+    text = [" ".join(f"{x:.2f}" for x in losses) for losses in by_share]
+    yield verdict("others restored", max(np.mean(search), np.mean(held)) <= limit,
+                  "a random share of the other nodes restored beside it, drawn anew for every "
+                  f"pair: loss {np.mean(search):.3f}, on held-out prompts {np.mean(held):.3f} "
+                  f"({text[1]} by fifths of the shares; pass: both at most {limit:.2f}, {why})",
+                  loss=max(np.mean(search), np.mean(held)), search=np.mean(search))
+    passed = min(without) > HALF_CHANCE if mask.nodes.any() else None
+    yield verdict("necessary at every share", passed, "such shares restored without the circuit: "
+                  f"loss {text[2]} by fifths (pass: all above 0.35 nats, half of chance)",
+                  loss=min(without))
+
+
+def random_like(nodes, rng, cfg):
+    """Random nodes, as many at every site as there are in `nodes`; both bool by node."""
+    return np.concatenate([rng.permutation(nodes[part]) for part in node_slices(cfg).values()])
+
+
 def check_necessity(task, mask):
     """Only the circuit's nodes deleted, beside as many random nodes at the same sites."""
-    rng, loss, other = np.random.default_rng(0), task.loss(CircuitMask(~mask.nodes)), []
-    for _ in range(10):
-        random = [rng.permutation(mask.nodes[part])
-                  for part in node_slices(task.model.cfg).values()]
-        other.append(task.loss(CircuitMask(~np.concatenate(random))))
-    other.sort()
-    passed = loss > max(0.35, other[-2]) if mask.nodes.any() else None
+    rng, loss, cfg = np.random.default_rng(0), task.loss(CircuitMask(~mask.nodes)), task.model.cfg
+    other = sorted(task.loss(CircuitMask(~random_like(mask.nodes, rng, cfg))) for _ in range(10))
+    passed = loss > max(HALF_CHANCE, other[-2]) if mask.nodes.any() else None
     return verdict("necessity", passed, f"full model without the circuit's "
                    f"{mask.nodes.sum()} nodes: loss {loss:.3f}; without as many random nodes at "
                    f"the same sites: {other[0]:.3f} to {other[-1]:.3f} (pass: above 0.35 nats "
                    "(half of chance) and above 9 of 10 random draws)", loss=loss,
                    random=other[-2], median=np.median(other))
+
+
+def check_interchange(task, mask):
+    """In the full model, the circuit's nodes take the values of the pair's other prompt, beside
+    as many random nodes at the same sites; on held-out prompts."""
+    model, rng = task.model, np.random.default_rng(4)
+    pairs_seen = seen_pairs(model, task.held)
+    own = np.concatenate([margin for _, margin, _ in pairs_seen])
+    flips, drops = zip(*(((own > 0) & (swapped < 0), own - swapped) for swapped in (
+        interchanged(model, pairs_seen, nodes) for nodes in (
+            mask.nodes, *(random_like(mask.nodes, rng, model.cfg) for _ in range(4))))))
+    flips, drops = ([x.sum() / (own > 0).sum() for x in flips], [x.mean() for x in drops])
+    passed = flips[0] >= 0.9 if mask.nodes.any() else None
+    return verdict("interchange", passed, "full model with the circuit's nodes as on the pair's "
+                   f"other prompt, held-out: {flips[0]:.0%} of its answers flip, the margin of "
+                   f"{own.mean():.2f} falls by {drops[0]:.2f}; with as many random nodes "
+                   f"{np.mean(flips[1:]):.0%} and {np.mean(drops[1:]):.2f} (pass: from 90%)",
+                   overlap=flips[0], random=np.mean(flips[1:]))
+
+
+def check_recall(task, mask, n=20, candidates=60):
+    """How many of the full model's most important nodes are in the circuit: each of the first by
+    attribution is deleted alone, on a quarter of the prompts."""
+    every, few = every_node(task.model.cfg), task.judged.rows(np.arange(
+        len(task.judged.last) // 8 * 2 or len(task.judged.last)))
+    runner = PlainRunner(task.model, task.frozen_values, few)
+    loss = {int(node): logistic(margins(runner.logits(every.without([node])), few))
+            for node in rank_by_attribution(task)[:candidates]}
+    top = sorted(loss, key=loss.get, reverse=True)[:n]
+    missing = [node_name(node, task.model.cfg) for node in top if not mask.nodes[node]]
+    share = mask.nodes[top].mean()
+    return verdict("recall", share >= 0.5 if mask.nodes.any() else None, f"{n - len(missing)} of "
+                   f"the full model's {n} most important nodes are in it"
+                   + f"; missing: {', '.join(missing[:4])}" * bool(missing)
+                   + " (pass: from half)", overlap=share)
 
 
 def check_resampled(task, mask):
@@ -1166,17 +1354,18 @@ def check_attention(circuit):
                    "(pass: from 80% each)", overlap=lowest)
 
 
-def check_control(name, result, size, target):
-    """A search that should find nothing as small as the circuit."""
+def check_control(name, result, stages, target):
+    """A search that should find nothing as small as the circuit at the same stage of its own."""
     if result.mask is None:
         return verdict(name, True, f"the same search did not reach the target of {target:g}; its "
                        f"best loss was {result.loss:.3f}", loss=result.loss, nodes=None)
     last = result.stages[-1]
-    note = " (not cleaned)" * ("not cleaned" in last["stage"])
-    return verdict(name, last["edges"] > 2 * size[1], f"the same search found {last['nodes']} "
-                   f"nodes and {last['edges']} edges{note}; the circuit has {size[0]} and "
-                   f"{size[1]} (pass: more than twice its edges)", loss=result.loss,
-                   edges=last["edges"], nodes=last["nodes"])
+    own = next((stage for stage in stages if stage["stage"] == last["stage"]), stages[-1])
+    note = "" if own is stages[-1] else " (not cleaned)"
+    return verdict(name, last["edges"] > 2 * own["edges"], "the same search found "
+                   f"{last['nodes']} nodes and {last['edges']} edges{note}; the circuit has "
+                   f"{own['nodes']} and {own['edges']} (pass: more than twice its edges)",
+                   loss=result.loss, edges=last["edges"], nodes=last["nodes"])
 
 
 def check_seeds(others, mask):
@@ -1184,13 +1373,14 @@ def check_seeds(others, mask):
     shared, notes = [], []
     if not others:
         return verdict("other seeds", None, "not run")
-    for other in others:
+    for other in (other for other in others if other.mask is not None):
         both, either = mask.nodes & other.mask.nodes, mask.nodes | other.mask.nodes
         shared.append(both.sum() / either.sum() if either.any() else 1.0)
         notes.append(f"{other.stages[-1]['nodes']} nodes and {other.stages[-1]['edges']} edges, "
                      f"{shared[-1]:.0%} of both circuits' nodes are shared")
-    return verdict("other seeds", min(shared) >= 0.5, "; ".join(notes) + " (pass: from 50%)",
-                   overlap=min(shared))
+    least = min(shared) if len(shared) == len(others) else 0.0  # one has found nothing
+    return verdict("other seeds", least >= 0.5, "; ".join(notes) + " (pass: from 50%)",
+                   overlap=least)
 
 
 # ---- readings of nodes, edges and heads ---------------------------------------------------------
@@ -1787,6 +1977,8 @@ def add_settings(parser, ablations):
     add = parser.add_argument
     add("--target", type=float, help="binary loss in nats of a circuit (default 0.15)")
     add("--ablation", choices=[*ablations], help="what deleted nodes are frozen at (default mean)")
+    add("--restore", type=float, help="largest share of other nodes that is restored beside a "
+        "circuit (default 1; 0: none, as in the paper)")
     add("--seed", type=int, help="of prompts and masks (default 0)")
 
 
@@ -1794,13 +1986,14 @@ def settings_of(given):
     """The Settings of parsed flags. Raises UserError on a value out of range."""
     if not 1 <= given.get("seeds", 1) <= 100:
         raise sg.UserError(f"--seeds must be from 1 to 100, not {given['seeds']}")
-    names = given.keys() & {"target", "ablation", "runs", "pairs", "seed"}
+    names = given.keys() & {"target", "ablation", "runs", "pairs", "restore", "seed"}
     return Settings(**{name: given[name] for name in names})
 
 
 MODES = {"show", "check", "explain", "trace", "ask", "set", "ablate"}
 # The modes that look at a flag. Elsewhere it is refused, as it would mislead.
-USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "seeds"), {"search"}) | dict(
+USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "restore", "seeds"),
+                        {"search"}) | dict(
     seed={"search", "set", "ablate"}, verbose={"search", "show"}, answers={"ask", "trace"},
     task={"search", "explain", "ask", "set", "ablate"})
 
