@@ -212,17 +212,17 @@ class PruningTask:
 
     def carries(self, mask):
         """Whether the full model gives the other answer where the mask's nodes take the values of
-        the pair's other prompt, and is no better than chance without them. It is not asked where
-        not even all nodes do that, as the last token alone decides."""
-        def does(nodes):
+        the pair's other prompt: its loss, with right and wrong swapped, is at most half of chance.
+        It is not asked where all nodes do not do that, as the last token alone decides."""
+        def flips(nodes):
             key = nodes.tobytes()
             if key not in self.known:
-                flipped = interchanged(self.model, self.pairs_seen, nodes)
-                self.known[key] = logistic(-flipped) <= HALF_CHANCE and (
-                    self.loss(CircuitMask(~nodes)) >= math.log(2))
+                margin = interchanged(self.model, self.pairs_seen, nodes)
+                self.known[key] = logistic(-margin) <= HALF_CHANCE
             return self.known[key]
 
-        return self.settings.restore < 1 or does(mask.nodes) or not does(np.ones_like(mask.nodes))
+        return self.settings.restore < 1 or flips(mask.nodes) or (
+            not flips(np.ones_like(mask.nodes)))
 
     @functools.cached_property
     def pairs_seen(self):
