@@ -40,9 +40,9 @@ xp = np  # NumPy or CuPy. Other files read sparsegpt.xp, as `use_device` may reb
 # is loss_and_grads over parts of a batch; parallel and in_chunks, which use all cores; to_host.
 
 # ---- settings -----------------------------------------------------------------------------------
-def flag(default, text, choices=None):
+def flag(default, text):
     """A Config field, with the text that --help shows for it."""
-    return dataclasses.field(default=default, metadata=dict(help=text, choices=choices))
+    return dataclasses.field(default=default, metadata=dict(help=text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Config:
     vocab_size: int = flag(512, "tokens: 256 bytes, a separator and learned merges")
     act: str = flag("gelu", "activation of the MLP")
     afrac: float = flag(1 / 2, "share of channels that AbsTopK keeps at a site; 1: all")
-    positions: str = flag("relative", "relative: by distance", ("relative", "learned", "none"))
+    positions: str = flag("relative", "relative: a logit per head and distance; learned; none")
     sink: bool = flag(True, "a learned attention sink per head")
     bigram: bool = flag(True, "a dense table of logits by the current token")
 
@@ -74,7 +74,7 @@ class Config:
     beta2: float = flag(0.95, "Adam: decay of the mean square")
     eps: float = flag(0.1, "Adam: added to the root mean square")
     weight_decay: float = flag(0.02, "decoupled decay of the matrices")
-    grad_scale: str = flag("divide", "divide by the gradient's RMS or clip it", ("divide", "clip"))
+    grad_scale: str = flag("divide", "divide the gradient by its RMS, or clip that to 1")
     idioms: float = flag(0.9, "share of the sequences drawn from generated idioms")
     seed: int = flag(0, "of initialisation, batches and samples")
 
@@ -664,10 +664,10 @@ MORE_FLAGS = dict(
     out="checkpoint; --dense, --long and --quick name others", dtype="float64 is for checks")
 
 
-def choices(field):
+def choices(name):
     """The values that a Config field may have, or None for a number or a path."""
-    return {"act": tuple(ACTIVATIONS), "dtype": ("float32", "float64")}.get(
-        field.name, field.metadata.get("choices"))
+    return dict(act=ACTIVATIONS, positions=("relative", "learned", "none"),
+                grad_scale=("divide", "clip"), dtype=("float32", "float64")).get(name)
 
 
 def check_config(cfg):
@@ -678,7 +678,7 @@ def check_config(cfg):
         value, kind = getattr(cfg, f.name), (int, float) if f.type is float else f.type
         if not isinstance(value, kind) or (isinstance(value, bool) and f.type is not bool):
             raise UserError(f"--{f.name} must be of type {f.type.__name__}, not {value!r}")
-        if (allowed := choices(f)) and value not in allowed:
+        if (allowed := choices(f.name)) and value not in allowed:
             raise UserError(f"--{f.name} must be one of {', '.join(allowed)}, not {value!r}")
         if f.type in (int, float):
             low, high = ranges.get(f.name, (0, 1) if f.type is float else (1, 1 << 16))
@@ -1039,16 +1039,15 @@ def evaluate(params, streams, cfg, n):
     return (1 - share) * losses["code"] + share * losses.get("idioms", 0.0), losses
 
 
-def evaluate_tasks(model, n=100, seed=0, split="eval"):
+def evaluate_tasks(model, n=100):
     """{task: Score} of a Model on n prompt pairs of each of the twenty tasks (paper Table 1). A
     task that has no prompt of use is left out: see `tasks.task_prompts`."""
     tasks = tasks_module()
-    tasks.check_draw(n, split)
+    tasks.check_draw(n, "eval")
 
     def one(task):
         try:
-            prompts = tasks.task_prompts(model.tok, tasks.pairs(task, n, seed, split),
-                                         model.cfg.n_ctx)
+            prompts = tasks.task_prompts(model.tok, tasks.pairs(task, n), model.cfg.n_ctx)
         except ValueError:
             return None
         logits = np.empty((len(prompts.last), model.cfg.vocab_size))
@@ -1733,7 +1732,7 @@ def make_parser():
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
             type=fraction if f.type is float else f.type,
-            metavar="|".join(choices(f) or [f.type.__name__.upper()]))
+            metavar="|".join(choices(f.name) or [f.type.__name__.upper()]))
         text = f.metadata.get("help") or MORE_FLAGS[f.name]
         parser.add_argument(f"--{f.name}", help=f"{text} (default {f.default})", **kind)
     return parser
