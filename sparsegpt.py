@@ -696,16 +696,14 @@ def check_config(cfg):
 
 def check_ids(ids, cfg, at=None, like=None):
     """Raise ValueError unless ids is an integer array [B, T], T <= n_ctx, of token ids, of the
-    shape of `like`, and the places `at` are within T. Arrays on a GPU are not looked into: that
-    would keep it waiting."""
+    shape of `like`, and the places `at` are within T. A GPU's arrays are not looked into."""
     if getattr(ids, "dtype", np.dtype(float)).kind not in "iu" or ids.ndim != 2 or not (
             0 < ids.size and ids.shape[1] <= cfg.n_ctx):
         raise ValueError(f"ids must be an array of integers [B, T] with 1 <= T <= {cfg.n_ctx}")
     if like is not None and getattr(like, "shape", None) != ids.shape:
         raise ValueError(f"ids must be of the targets' shape, {ids.shape}")
     if isinstance(ids, np.ndarray) and not 0 <= ids.min() <= ids.max() < cfg.vocab_size:
-        raise ValueError(f"token ids must be in 0..{cfg.vocab_size - 1}, not {ids.min()} to "
-                         f"{ids.max()}")
+        raise ValueError(f"token ids must be in 0..{cfg.vocab_size - 1}")
     if at is not None and not hasattr(at, "get") and not (
             len(at) == len(ids) and all(0 <= t < ids.shape[1] for t in at)):
         raise ValueError(f"at must be a place in 0..{ids.shape[1] - 1} for each row, not {at}")
@@ -800,9 +798,8 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts, vocab_size):
-        """Learn merges until there are vocab_size tokens or nothing repeats. Each distinct piece
-        is counted once, and only the pieces that a merge touches are counted again. Ties go to
-        the smallest pair."""
+        """Learn merges until there are vocab_size tokens or nothing repeats; of pairs that are as
+        frequent, the smallest. Only the pieces that a merge touches are counted again."""
         counts = Counter(piece for text in texts for piece in PIECES.findall(text))
         words = [(list(w.encode("utf-8", "surrogatepass")), n) for w, n in sorted(counts.items())]
         pairs, where, merges = Counter(), defaultdict(set), []
@@ -854,8 +851,7 @@ class Tokenizer:
         return out
 
     def decode(self, ids):
-        """The string of token ids. Bytes that are not UTF-8 become U+FFFD: a sample may stop
-        inside a character."""
+        """The string of token ids. What is no UTF-8, as a sample's end may be, becomes U+FFFD."""
         data = b"".join(self.bytes[i] for i in ids)
         try:
             return data.decode("utf-8", "surrogatepass")
@@ -895,8 +891,7 @@ def load_corpus(cfg, log=print):
                                 "; add text, or lower --batch_size or --n_ctx")
     n_train, n_val = (sum(map(len, side.values())) for side in sides)
     log(f"data: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB; {len(tok.merges)} merges "
-        f"learned; {n_train:,} tokens to train on, {n_val:,} held out "
-        f"({time.perf_counter() - began:.0f} s)")
+        f"learned; {n_train:,} tokens, {n_val:,} held out; {time.perf_counter() - began:.0f} s")
     return Corpus(tok, *sides, digest.hexdigest())
 
 
@@ -926,7 +921,7 @@ class Model(NamedTuple):
 
 
 def window_logits(model):
-    """[T], the logits of the tokens of a model's first window: they mark its forward pass."""
+    """[T], the logit of each next token of a model's first window: a mark of its forward pass."""
     ids = model.text[:1]
     logits, _ = forward(model.params, ids, model.cfg)
     return to_host(logits)[0, np.arange(ids.shape[1]), np.roll(ids[0], -1)]
@@ -989,8 +984,7 @@ def load_model(path):
                                ("moments", arrays.get("m", flat), flat.size),
                                ("moments", arrays.get("v", flat), flat.size)):
             if array.shape != (n,) or array.dtype != cfg.dtype or not np.isfinite(array).all():
-                raise ValueError(f"{what} must be {cfg.dtype} [{n}] and finite, not {array.dtype} "
-                                 f"{list(array.shape)}")
+                raise ValueError(f"{what} are no finite {cfg.dtype} [{n}]: {array.dtype}")
         flat[nonzero] = values
         check_ids(text, cfg)
         if len(text) > 1024 or 257 + len(tok.merges) > cfg.vocab_size:
@@ -1335,9 +1329,8 @@ def read_bytes(path, most=1 << 26):
 
 
 def write_whole(path, write):
-    """Make a file by write(f), f open for bytes: whole or not at all, as it goes to a temporary
-    file beside it, which is then renamed. It keeps the mode of the former file. Raises UserError
-    if that cannot be done."""
+    """Make a file by write(f), f open for bytes: whole, with the mode of the former file, or not
+    at all, as it goes to a temporary file beside it first. Raises UserError if it cannot."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1645,10 +1638,9 @@ class Scales:
 
 
 def gradcheck(cfg, log=print):
-    """Print the analytic and numeric derivative along a random direction of each parameter, and of
-    numbers that multiply each site's channels, in float64, for cfg at small sizes. Where they
-    differ other points are tried, as a near tie of AbsTopK is no error. Returns the largest
-    relative error."""
+    """The largest relative error of gradients, for cfg at small sizes in float64. Prints analytic
+    and numeric derivatives along a random direction of each parameter, and of numbers that
+    multiply a site's channels. Where they differ it tries other points: near ties of AbsTopK."""
     cfg = dataclasses.replace(cfg, n_layer=2, d_model=32, d_head=8, n_ctx=12, vocab_size=300,
                               batch_size=2, dtype="float64", threads=1, min_per_neuron=0)
     found, order = {}, []
@@ -1740,8 +1732,7 @@ def make_parser():
 
 def configure(given):
     """The Config of parsed flags: defaults, then the preset, then what was given. A resumed run
-    keeps its own, but its file decides neither what is read nor what is written. Raises UserError
-    on a flag that this would not look at."""
+    keeps its own; its file decides neither what is read nor what is written. Raises UserError."""
     [values] = [PRESETS[name] for name in PRESETS if name in given] or [{}]
     names = {f.name for f in dataclasses.fields(Config)}
     values = values | {name: value for name, value in given.items() if name in names}
