@@ -945,7 +945,7 @@ def save_model(path, model):
 
 def read_parts(path):
     """(Config, {part: array}) of a checkpoint, read without pickle, and in no more memory than its
-    size allows. Raises ValueError on one that is damaged, or does not fit this source."""
+    size allows. Raises an error if it is damaged, or does not fit this source."""
     with open_file(path) as file, np.load(file, allow_pickle=False) as f:
         infos = {info.filename.removesuffix(".npy"): info for info in f.zip.infolist()}
         size = {name: info.file_size for name, info in infos.items()}
@@ -954,7 +954,7 @@ def read_parts(path):
             raise ValueError("its parts are not packed as this program does it")
         if max(size["format"], size["config"]) > 1 << 16 or str(f["format"]) != FORMAT:
             raise ValueError(f"it is not of this version, {FORMAT}; train the model again")
-        cfg = Config(**json.loads(str(f["config"])))
+        cfg = Config(**json.loads(str(f["config"])) | dict(out=str(path)))
         need = n_params(cfg) * np.dtype(cfg.dtype).itemsize * (3 if "m" in size else 1)
         if size.keys() - PARTS or need > 100 * os.fstat(file.fileno()).st_size + (1 << 30) or (
                 sum(size.values()) > 2 * need + (1 << 24)):
@@ -970,7 +970,6 @@ def load_model(path):
     if the source now gives other logits than when it was saved."""
     try:
         cfg, arrays = read_parts(path)
-        cfg = dataclasses.replace(cfg, out=str(path))
         saved, own = map(json.loads, (str(arrays.pop("shapes")), json.dumps(shapes(cfg))))
         if [*saved.items()] != [*own.items()]:
             name = next((n for n in [*saved, *own] if saved.get(n) != own.get(n)), "order")
