@@ -190,13 +190,14 @@ class PruningTask:
         """The binary loss of the full model."""
         return self.loss(every_node(self.model.cfg))
 
-    def holds(self, mask):
+    def holds(self, mask, target=None):
         """Whether a mask does the task at the target loss: alone, and beside any share of the
         other nodes. Where all of them may be restored, it must also carry the answer in the full
         model. (Judged by restored nodes alone, cleaning leaves circuits that do not: see
         docs/defaults.md.)"""
-        return self.loss(mask) <= self.settings.target and (
-            self.carries(mask) and self.restored_loss(mask) <= self.settings.target)
+        target = self.settings.target if target is None else target
+        return self.loss(mask) <= target and (
+            self.carries(mask) and self.restored_loss(mask) <= target)
 
     def restored_loss(self, mask):
         """`loss`, or if larger, the mean with other nodes restored: for every pair others, in all
@@ -1552,10 +1553,11 @@ def portrait(circuit, verbose=False):
 
 
 def check_text(check, verbose=False):
-    """A check as a line."""
+    """A check as text, most often on one line."""
     mark = {True: "passed", False: "FAILED", None: "-"}[check["passed"]]
     text = check["text"] if verbose or check["passed"] is None else amount(check)
-    return f"    {mark:<7} {check['name']}: {text}"
+    return "\n".join(textwrap.wrap(f"    {mark:<7} {check['name']}: {text}", 99,
+                                   subsequent_indent=12 * " "))
 
 
 def amount(check):

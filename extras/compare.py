@@ -12,7 +12,8 @@ from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while the modules load
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python extras/compare.py
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python extras/compare.py
 import dataclasses
 import functools
 import json
@@ -36,23 +37,24 @@ EMPTY = dict(full=None, points=(), by_attribution=(), cleaned=None, without=None
 
 # ---- circuits of one model ----------------------------------------------------------------------
 
-def curve(task, progress):
-    """[(target, mask, (nodes, edges))]: the smallest circuit by rank at each target of SWEEP, the
-    lowest first.
+def curve(task, targets, progress):
+    """[(target, mask, (nodes, edges))]: the smallest circuit by rank at each target, the lowest
+    first.
 
     Masks are trained for each of AIMS, and a target takes the best of their rankings. Targets
     below the full model's own loss are skipped, as they would take nearly all of it. One aim below
     that loss is trained for: masks that aim at a target just above it may miss it.
     """
     lowest, rankings = task.full_loss(), []
-    for i, aim in enumerate(AIMS[:1 + sum(aim > lowest for aim in AIMS)]):
+    aims = [aim for aim in AIMS if aim >= min(targets)] or [min(targets)]
+    for i, aim in enumerate(aims[:1 + sum(aim > lowest for aim in aims)]):
         order, tau = prune.learn_masks(task, *prune.TRIALS[0], [task.settings.seed, i], progress,
                                        prune.training_target(aim, lowest))
         rankings.append((order, int((tau >= 0).sum())))
     out, best = [], (math.inf, math.inf, None)  # edges, nodes, mask
-    for target in sorted(target for target in SWEEP if target >= lowest):
+    for target in sorted(target for target in targets if target >= lowest):
         for order, learned in rankings:
-            mask = prune.bisect(order, lambda m: task.loss(m) <= target, learned)
+            mask = prune.bisect(order, lambda m: task.holds(m, target), learned)
             if mask is not None:  # what reaches a lower target reaches this one too
                 best = min(best, (*task.size(mask)[::-1], mask), key=lambda found: found[:2])
         if best[2] is not None:
@@ -60,7 +62,7 @@ def curve(task, progress):
     return out
 
 
-def compare_one(contexts, settings, job):
+def compare_one(contexts, settings, targets, job):
     """The row of compare.json for a job, (number of a ModelContext, task): the full model's loss,
     the sizes along the `curve` and by attribution; and at the target of settings the size after
     cleaning, and the full model's loss without the circuit and without as many random nodes."""
@@ -71,10 +73,10 @@ def compare_one(contexts, settings, job):
     except prune.CannotPrune:
         return row
     row["full"] = task.full_loss()
-    if not row["full"] <= max(SWEEP):  # nor is NaN
+    if not row["full"] <= max(targets):  # nor is NaN
         return row
     progress, order = sg.Progress(), prune.rank_by_attribution(task)
-    for target, mask, (nodes, edges) in curve(task, progress):
+    for target, mask, (nodes, edges) in curve(task, targets, progress):
         point = dict(task=name, target=target)
         row["points"].append(dict(point, nodes=nodes, edges=edges))
         ranked = prune.bisect(order, lambda m: task.loss(m) <= target)
@@ -92,11 +94,11 @@ def compare_one(contexts, settings, job):
 
 # ---- several models -----------------------------------------------------------------------------
 
-def compare(contexts, settings, path, workers, names, log=print):
+def compare(contexts, settings, targets, path, workers, names, log=print):
     """Prune the named tasks in all models alike and report size against loss. path: compare.json;
     what it has of these models or others is kept. Raises UserError if it is of other settings."""
     began, prints = time.perf_counter(), [context.fingerprint for context in contexts]
-    head = dict(settings=dataclasses.asdict(settings), targets=[*SWEEP], aims=[*AIMS])
+    head = dict(settings=dataclasses.asdict(settings), targets=[*targets], aims=[*AIMS])
     rows, known = read(path, head) if path.exists() else ([], {})
     models, corpora = [], {}
     for context in contexts:  # before the work: the text may have changed
@@ -112,7 +114,7 @@ def compare(contexts, settings, path, workers, names, log=print):
     finished = {(row["model"], row["task"]) for row in rows}
     jobs = [(prints.index(model), task) for task in names for model in dict.fromkeys(prints)
             if (model, task) not in finished]
-    one = functools.partial(compare_one, contexts, settings)
+    one = functools.partial(compare_one, contexts, settings, targets)
     for n, row in enumerate(prune.on_cores(one, jobs, workers, in_order=False), 1):
         rows.append(row)
         save()
@@ -216,7 +218,9 @@ def comparison(kinds, rows, target):
     """The tables of `compare`, as text. Kinds of models are A, B and so on; seeds are pooled."""
     by = {(row["model"], row["task"]): row for row in rows}
     names = [task for task in tasks.TASKS if task in {row["task"] for row in rows}]
-    letters, matched = "ABCDEFGH"[:len(kinds)], list(zip(*kinds))  # one of each kind, by seed
+    letters, most = "ABCDEFGH"[:len(kinds)], max(map(len, kinds))
+    # One of each kind, by seed; a kind of one model stands beside every seed of the others.
+    matched = list(zip(*(kind * most if len(kind) == 1 else kind for kind in kinds)))
     out = ["", f"{'':<4}{'model':<26} width density  AbsTopK nonzero edges  kurtosis  "
            "validation loss (code, idioms)"]
     for letter, kind in zip(letters, kinds):
@@ -332,15 +336,20 @@ def act(argv):
     parser.add_argument("models", nargs="+", metavar="FILE", help="checkpoints")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all")
     parser.add_argument("--out", help="folder for compare.json and .html (default circuits)")
+    parser.add_argument("--targets", nargs="+", type=float, choices=SWEEP, metavar="LOSS",
+                        help="some of the ten target losses, which takes less time")
     parser.add_argument("--data", default=sg.Config.data, help="what the models were trained on "
                         "(default stdlib)")
     prune.add_settings(parser, [*prune.ABLATIONS, "resample"])
     given = vars(parser.parse_args(argv))
     settings, folder = prune.settings_of(given), Path(given.get("out", "circuits"))
+    if settings.ablation == "resample":  # of which nothing is restored
+        settings = dataclasses.replace(settings, restore=0.0)
+    targets = sorted(given.get("targets", SWEEP), reverse=True)
     sg.use_device(os.environ.get("SPARSEGPT_DEVICE", "cpu"))
     sg.keep_freed_memory()
-    if settings.target not in SWEEP:
-        raise sg.UserError(f"--target must be one of {', '.join(map(str, SWEEP))}")
+    if settings.target not in targets:
+        raise sg.UserError(f"--target must be one of {', '.join(map(str, targets))}")
     for task in given.get("tasks", ()):
         tasks.pairs(task, 1)  # raises TaskError on an unknown task
     models = [sg.load_model(model) for model in given["models"]]
@@ -349,12 +358,12 @@ def act(argv):
     if any(m.tok.merges != models[0].tok.merges for m in models):
         raise sg.UserError("the models have different tokenizers: they were trained on other text")
     kinds = by_kind([dict(kind=kind_of(m.cfg), seed=m.cfg.seed) for m in models])
-    if len(kinds) > 8 or len(set(map(len, kinds))) > 1:
-        raise sg.UserError("give at most 8 models, and equally many seeds of each; these have "
+    if len(kinds) > 8 or len({1, *map(len, kinds)}) > 2:
+        raise sg.UserError("give at most 8 models, one or equally many seeds of each; these have "
                            f"{', '.join(str(len(kind)) for kind in kinds)}")
     folder.mkdir(parents=True, exist_ok=True)
     with sg.locked(folder):
-        compare([prune.ModelContext(m, settings.ablation) for m in models], settings,
+        compare([prune.ModelContext(m, settings.ablation) for m in models], settings, targets,
                 sg.check_output(folder / "compare.json"),
                 max(m.cfg.threads or sg.n_cores() for m in models),
                 list(dict.fromkeys(given.get("tasks", tasks.TASKS))))
