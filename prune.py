@@ -1952,7 +1952,8 @@ def make_parser():
             ("tasks", str, "a Python file with tasks of one's own, as docs/my_tasks.py"),
             ("runs", int, "mask trainings in a search, 1 to 9 (default 1)"),
             ("pairs", int, "prompt pairs in a step of mask training (default 8)"),
-            ("seeds", int, "searches that are compared (default 2)")):
+            ("seeds", int, "searches that are compared (default 2)"),
+            ("contexts", int, "with --predict: contexts of each prompt (default 8)")):
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--answers", nargs=2, metavar="ANSWER", type=sg.prompt_text,
                         help="with --ask or --trace: the two to compare")
@@ -1965,6 +1966,8 @@ def make_parser():
     modes.add_argument("--trace", metavar="PROMPT", type=sg.prompt_text, help="the paths through "
                        "the full model that make it prefer its likeliest token after PROMPT; no "
                        "task is needed")
+    modes.add_argument("--predict", metavar="FILE", help="what the full model and the saved "
+                       "circuit answer to the prompts of a file, as docs/near/var_if.txt")
     for name, metavar, kind, text in (
             ("ask", "PROMPT", sg.prompt_text, "what the full model and the saved circuit answer"),
             ("set", "NODE=VALUE", node_and_value, "run the full model with a node frozen"),
@@ -1992,12 +1995,13 @@ def settings_of(given):
     return Settings(**{name: given[name] for name in names})
 
 
-MODES = {"show", "check", "explain", "trace", "ask", "set", "ablate"}
+MODES = {"show", "check", "explain", "trace", "predict", "ask", "set", "ablate"}
 # The modes that look at a flag. Elsewhere it is refused, as it would mislead.
 USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "restore", "seeds"),
                         {"search"}) | dict(
-    seed={"search", "set", "ablate"}, verbose={"search", "show"}, answers={"ask", "trace"},
-    task={"search", "explain", "ask", "set", "ablate"})
+    seed={"search", "predict", "set", "ablate"}, verbose={"search", "show"},
+    answers={"ask", "trace"}, contexts={"predict"},
+    task={"search", "explain", "predict", "ask", "set", "ablate"})
 
 
 def act(argv):
@@ -2016,10 +2020,10 @@ def act(argv):
                                               if mode == "search" else f"--{mode}"))
     if task not in (None, "all"):
         tasks.pairs(task, 1)  # raises TaskError on an unknown task
-    elif mode in ("explain", "ask", "set", "ablate"):
+    elif mode in USED_BY["task"] - {"search"}:
         raise sg.UserError(f"--{mode} needs one task; tasks: {', '.join(tasks.TASKS)}")
     circuit = path = None
-    if mode in ("show", "check", "explain", "ask"):
+    if mode in ("show", "check", "explain", "predict", "ask"):
         path = saved_path(task or given[mode], given)
         circuit = load_circuit(path)
     if mode == "show":
@@ -2039,6 +2043,11 @@ def act(argv):
         return int(bool(wrong))
     if mode == "search":
         return act_search(given, model, settings)
+    if mode == "predict":
+        test = sg.extra("predict", "no predictions are tested").predict
+        print("\n".join(test(circuit, model, given["predict"], None, given.get("contexts", 8),
+                             settings.seed)))
+        return 0
     questions, answers = sg.extra("questions", "no questions are answered"), given.get("answers")
     values = given.get("set", [(name, None) for name in given.get("ablate", ())])
     values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
