@@ -46,9 +46,9 @@ class Strict:
         return self.a.copy()
 
 
-METHODS = """reshape transpose swapaxes astype copy view max min sum mean any all argmax __neg__
-    __invert__ __abs__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__ __len__ __float__ __int__ __bool__
-    __index__""".split()
+METHODS = """reshape repeat transpose swapaxes astype copy view max min sum mean any all argmax
+    __neg__ __invert__ __abs__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__ __len__ __float__
+    __int__ __bool__ __index__""".split()
 METHODS += [f"__{kind}{name}__" for kind in ("", "r", "i")
             for name in "add sub mul truediv mod matmul and or".split()]
 for _name in METHODS:
@@ -62,8 +62,8 @@ class StrictModule:
     asarray = staticmethod(lambda x, *d: x if isinstance(x, Strict) else Strict(np.array(x, *d)))
 
     def __getattr__(self, name):
-        if name not in """add arange ascontiguousarray concatenate copysign count_nonzero cumsum
-                einsum empty exp full full_like log maximum ones ones_like partition sqrt tile
-                where zeros zeros_like""".split():
+        if name not in """add arange ascontiguousarray concatenate copysign count_nonzero
+                cumsum einsum empty exp full full_like log maximum ones ones_like partition
+                sqrt tile where zeros zeros_like""".split():
             raise AttributeError(f"the stand-in has no {name}; add it if CuPy has it")
         return device(getattr(np, name))
