@@ -514,6 +514,17 @@ def importance(task, mask):
     return {int(n): task.loss(mask.without([n])) - loss for n in np.flatnonzero(mask.nodes)}
 
 
+def importance_in_model(task, nodes):
+    """{node: the full model's loss if it alone is deleted, less its own} of some nodes, on a
+    quarter of the prompts."""
+    every, few = every_node(task.model.cfg), task.judged.rows(np.arange(
+        len(task.judged.last) // 8 * 2 or len(task.judged.last)))
+    runner = PlainRunner(task.model, task.frozen_values, few)
+    full, *without = (logistic(margins(runner.logits(every.without(some)), few))
+                      for some in ([], *([n] for n in nodes)))
+    return {int(n): loss - full for n, loss in zip(nodes, without)}
+
+
 def minor_groups(task, mask, effect):
     """The nodes of less than a tenth of the largest importance, in connected groups, [[node]]: by
     an edge, a channel of the residual stream, or as neighbours in a head. effect: `importance`."""
@@ -1157,8 +1168,9 @@ def make_circuit(context, task, result):
     mask = result.mask._replace(edges=kept_edges(result.mask, model.params, cfg))
     report, kept = measured(context, task, mask), np.flatnonzero(mask.nodes)
     bias, effect = effective_bias(model, mask, task.frozen_values), importance(task, mask)
+    in_model = importance_in_model(task, kept)
     for n, node, reading in zip(kept, report["nodes"], node_readings(context, task, kept)):
-        node |= dict(importance=effect[n], bias=bias.get(n), **reading)
+        node |= dict(importance=effect[n], in_model=in_model[n], bias=bias.get(n), **reading)
     shortest = np.argmin(task.pool.last.reshape(-1, 2).max(1))
     pair = task.pool.rows(2 * shortest + np.arange(2))
     example, heads = pair_readings(model, mask, task.frozen_values, pair,
@@ -1289,13 +1301,9 @@ def check_interchange(task, mask):
 
 def check_recall(task, mask, n=20, candidates=60):
     """How many of the full model's most important nodes are in the circuit: each of the first by
-    attribution is deleted alone, on a quarter of the prompts."""
-    every, few = every_node(task.model.cfg), task.judged.rows(np.arange(
-        len(task.judged.last) // 8 * 2 or len(task.judged.last)))
-    runner = PlainRunner(task.model, task.frozen_values, few)
-    loss = {int(node): logistic(margins(runner.logits(every.without([node])), few))
-            for node in rank_by_attribution(task)[:candidates]}
-    top = sorted(loss, key=loss.get, reverse=True)[:n]
+    attribution is deleted alone."""
+    effect = importance_in_model(task, rank_by_attribution(task)[:candidates])
+    top = sorted(effect, key=effect.get, reverse=True)[:n]
     missing = [node_name(node, task.model.cfg) for node in top if not mask.nodes[node]]
     share = mask.nodes[top].mean()
     return verdict("recall", share >= 0.5 if mask.nodes.any() else None, f"{n - len(missing)} of "
@@ -1511,7 +1519,8 @@ def pair_readings(model, mask, frozen_values, pair, overlap):
 
 LEGEND = """<-, -> edges with weights (tokens and answers are not counted); == the same channel of
 the residual stream, to which tokens and blocks add. ␣ a space. Deleted: frozen at {}.
-importance: the loss if this node is deleted too, less the circuit's. values: on
+importance: the loss if this node is deleted too, less the circuit's; model: the
+full model's loss if this node alone is deleted, less its own. values: on
 the two prompts, at the token (from the end) where they differ most; of final at the last one."""
 CHECKS_HEAD = "checks, then the same search where there should be no circuit"
 
@@ -1655,7 +1664,8 @@ def blocks(circuit, verbose):
             range(1, 1 + min(map(len, values))), key=lambda t: abs(values[0][-t] - values[1][-t]))
         tokens = " | ".join(dict.fromkeys(
             sg.one_line(p[-back], "␣") for p in report["example"]["prompts"]))
-        block = [f"{name:<16} importance {node['importance']:6.3f}   values "
+        beside = f", model {node['in_model']:6.3f}" if "in_model" in node else ""  # of older files
+        block = [f"{name:<16} importance {node['importance']:6.3f}{beside}   values "
                  f"{values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
         block += packed(before[name] + after[name])
         if verbose:
@@ -1681,7 +1691,8 @@ def next_commands(circuit, flags="", out=""):
     text = shlex.quote("".join(prompt[1:]).replace("⏎", "\n").replace("⇥", "\t"))
     lines = f"next:{start}{out} --explain{start}{out} --ask {text}"
     if nodes:
-        lines += f"{start} --ablate {max(nodes, key=lambda node: node['importance'])['name']}"
+        most = max(nodes, key=lambda node: node.get("in_model", node["importance"]))
+        lines += f"{start} --ablate {most['name']}"
     return lines
 
 
