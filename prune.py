@@ -1538,10 +1538,11 @@ def portrait(circuit, verbose=False):
     lines = textwrap.wrap(f"{circuit.task}: {r['doc']}", 99, subsequent_indent="    ")
     lines += [f"    prompt {i}: {''.join(tokens[1:])}    answer: {sg.one_line(answer, '␣')}"
               for i, (tokens, answer) in enumerate(zip(example["prompts"], example["answers"]), 1)]
-    lines += ["{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}. "
-              "Ranking nodes by attribution takes ".format(**size)
-              + "{nodes:,} and {edges:,}.".format(**r["attribution"]),
-              f"{'loss in nats':<14}" + "".join(
+    found = "{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}.".format(**size)
+    ranked = "{nodes:,} nodes and {edges:,} edges.".format(**r["attribution"])
+    lines += textwrap.wrap(f"{found} With nodes ranked by attribution, in place of learned masks, "
+                           f"the target takes {ranked}", 99)
+    lines += [f"{'loss in nats':<14}" + "".join(
                   f" {f'{n} {name} prompts':^26}  "
                   for name, n in zip(("search", "held-out"), r["prompts"].values())),
               f"{'':<14}" + f" {'binary':>8} {'full':>8} {'accuracy':>8}  " * 2]
@@ -1564,7 +1565,9 @@ def portrait(circuit, verbose=False):
 def check_text(check, verbose=False):
     """A check as text, most often on one line."""
     mark = {True: "passed", False: "FAILED", None: "-"}[check["passed"]]
-    text = check["text"] if verbose or check["passed"] is None else amount(check)
+    text = check["text"] if verbose or check["passed"] is not True else amount(check)
+    if text == "none" and check.get("loss") is not None:
+        text = f"none (best loss {check['loss']:.2f} nats)"
     return "\n".join(textwrap.wrap(f"    {mark:<7} {check['name']}: {text}", 99,
                                    subsequent_indent=12 * " "))
 
@@ -1575,7 +1578,7 @@ def amount(check):
         return f"{check['overlap']:.0%}"
     if "edges" in check:
         return "none" if check["edges"] is None else f"{check['edges']:.0f} edges"
-    return f"{check['loss']:.2f}"
+    return f"{check['loss']:.2f} nats"
 
 
 def check_line(checks):
