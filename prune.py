@@ -1538,9 +1538,9 @@ def portrait(circuit, verbose=False):
     lines = textwrap.wrap(f"{circuit.task}: {r['doc']}", 99, subsequent_indent="    ")
     lines += [f"    prompt {i}: {''.join(tokens[1:])}    answer: {sg.one_line(answer, '␣')}"
               for i, (tokens, answer) in enumerate(zip(example["prompts"], example["answers"]), 1)]
-    found = "{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}.".format(**size)
+    found = "{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}".format(**size)
     ranked = "{nodes:,} nodes and {edges:,} edges.".format(**r["attribution"])
-    lines += textwrap.wrap(f"{found} With nodes ranked by attribution, in place of learned masks, "
+    lines += textwrap.wrap(f"{found}. With nodes ranked by attribution, in place of learned masks, "
                            f"the target takes {ranked}", 99)
     lines += [f"{'loss in nats':<14}" + "".join(
                   f" {f'{n} {name} prompts':^26}  "
