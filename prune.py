@@ -1540,8 +1540,8 @@ def portrait(circuit, verbose=False):
               for i, (tokens, answer) in enumerate(zip(example["prompts"], example["answers"]), 1)]
     found = "{nodes} nodes and {edges} edges of {model_nodes:,} and {model_edges:,}".format(**size)
     ranked = "{nodes:,} nodes and {edges:,} edges.".format(**r["attribution"])
-    lines += textwrap.wrap(f"{found}. With nodes ranked by attribution, in place of learned masks, "
-                           f"the target takes {ranked}", 99)
+    lines += textwrap.wrap(f"{found}. With nodes ranked by attribution, in place of learned "
+                           f"masks, the target takes {ranked}", 99)
     lines += [f"{'loss in nats':<14}" + "".join(
                   f" {f'{n} {name} prompts':^26}  "
                   for name, n in zip(("search", "held-out"), r["prompts"].values())),
