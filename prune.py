@@ -1982,11 +1982,15 @@ def make_parser():
                        "task is needed")
     modes.add_argument("--predict", metavar="FILE", help="what the full model and the saved "
                        "circuit answer to the prompts of a file, as docs/near/var_if.txt")
-    for name, metavar, kind, text in (
-            ("ask", "PROMPT", sg.prompt_text, "what the full model and the saved circuit answer"),
-            ("set", "NODE=VALUE", node_and_value, "run the full model with a node frozen"),
-            ("ablate", "NODE", str, "the same at its mean; of a head, as h1.head.5: all of it")):
-        modes.add_argument(f"--{name}", action="append", type=kind, metavar=metavar,
+    change = parser.add_mutually_exclusive_group()  # a mode, or part of --ask or --predict
+    for group, name, metavar, kind, text in (
+            (modes, "ask", "PROMPT", sg.prompt_text,
+             "what the full model and the saved circuit answer"),
+            (change, "set", "NODE=VALUE", node_and_value, "run the full model with a node frozen, "
+             "on the task or on the prompts of --ask or --predict"),
+            (change, "ablate", "NODE", str,
+             "the same at its mean; of a head, as h1.head.5: all of it")):
+        group.add_argument(f"--{name}", action="append", type=kind, metavar=metavar,
                            help=f"{text}; may be repeated")
     return parser
 
@@ -2009,12 +2013,13 @@ def settings_of(given):
     return Settings(**{name: given[name] for name in names})
 
 
-MODES = {"show", "check", "explain", "trace", "predict", "ask", "set", "ablate"}
+MODES = ("show", "check", "explain", "trace", "predict", "ask", "set", "ablate")  # the first given
 # The modes that look at a flag. Elsewhere it is refused, as it would mislead.
 USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "restore", "seeds"),
                         {"search"}) | dict(
     seed={"search", "predict", "set", "ablate"}, verbose={"search", "show"},
     answers={"ask", "trace"}, contexts={"predict"},
+    set={"predict", "ask", "set"}, ablate={"predict", "ask", "ablate"},
     task={"search", "explain", "predict", "ask", "set", "ablate"})
 
 
@@ -2024,7 +2029,7 @@ def act(argv):
     if "tasks" in given:
         tasks.add_file(given["tasks"])
     task, settings = given.get("task"), settings_of(given)
-    [mode] = given.keys() & MODES or ["search" if task else "list"]
+    mode = next((name for name in MODES if name in given), "search" if task else "list")
     for name in given:
         if mode not in USED_BY.get(name, {mode}):
             raise sg.UserError(f"{'--' * (mode in given)}{mode} takes no "
@@ -2057,17 +2062,15 @@ def act(argv):
         return int(bool(wrong))
     if mode == "search":
         return act_search(given, model, settings)
-    if mode == "predict":
-        test = sg.extra("predict", "no predictions are tested").predict
-        print("\n".join(test(circuit, model, given["predict"], None, given.get("contexts", 8),
-                             settings.seed)))
-        return 0
     questions, answers = sg.extra("questions", "no questions are answered"), given.get("answers")
     values = given.get("set", [(name, None) for name in given.get("ablate", ())])
     values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
     print("\n".join(
+        sg.extra("predict", "no predictions are tested").predict(
+            circuit, model, given["predict"], values, given.get("contexts", 8), settings.seed)
+        if mode == "predict" else
         questions.explain(circuit, model, given["explain"]) if mode == "explain" else
-        questions.ask(circuit, model, given["ask"], answers) if mode == "ask" else
+        questions.ask(circuit, model, given["ask"], answers, values) if mode == "ask" else
         questions.trace(model, given["trace"], answers) if mode == "trace" else
         questions.intervene(model, task, values, settings) if values else
         questions.overview(model, given.get("out", "circuits"))))

@@ -2151,7 +2151,7 @@ PRUNING = {
     "--target": [f"cue --target {x}" for x in ("0", "nan", "5", "x")],
     "--ablation": ["cue --ablation foo", "cue --ablation resample"], "--seeds": ["cue --seeds 0"],
     "context": ["endless", f"cue --ask < --ask {99 * '<'}"], "none.npz": ["cue --model none.npz"],
-    "not allowed with": ["cue --set final.1=1 --explain"], "unrecognized": ["cue wide --explain"],
+    "not allowed with": ["cue --ask < --explain"], "unrecognized": ["cue wide --explain"],
     "over the target": ["hopeless", "cue --target 1e-4"], "did you mean --seed": ["cue --sede 3"],
     "search takes no --answers": ["cue --answers x y"], "no --seeds": ["cue --explain --seeds 3"],
     "no --runs": ["cue --ablate final.1 --runs 2"], "none/cue.json": ["cue --explain --out none"],

@@ -4,9 +4,9 @@ model and in a circuit.
     python prune.py var_if --predict docs/near/var_if.txt
     python prune.py var_if --predict mine.txt --ablate h1.head.4   # the full model, and changed
 
-A line of the file is a prompt, the expected answer and another one, with tabs between them; and, if
-wanted, which of the two correct Python has. Lines that are blank or begin with # do not count. Here
-<tab> is a tab:
+A line of the file is a prompt, the expected answer and another one, with tabs between them; then,
+if wanted, which of the two correct Python has. Lines that are blank or begin with # do not count.
+Here <tab> is a tab:
 
     assert {x} == True<tab>\n<tab>:
 
@@ -83,9 +83,10 @@ def predict(circuit, model, path, values=None, n=8, seed=0):
         prune.every_node(model.cfg), circuit.mask)]
     if values:
         name, sides[1] = "changed", questions.changed(model, values)
-    lines = ["P of both answers; logit of the first less that of the second, with its standard "
-             f"deviation; in {n} contexts", f"{'':44}{'full model':<27}{name}",
-             f"{'prompt':<30}{'answers':<14}" + f"{'P':<11}{'margin':<16}" * 2]
+    lines = ["P of both answers; margin: logit of the first less that of the second, with its "
+             f"deviation in {n} contexts", "", f"{'':44}{'full model':<27}{name}",
+             f"{'prompt':<30}{'answers':<14}" + f"{'P':<11}{'margin':<16}" * 2
+             + "effect" * bool(values)]
     for number, fields in found.items():
         progress("prompts", len(rows), len(found))
         try:
@@ -103,10 +104,10 @@ def predict(circuit, model, path, values=None, n=8, seed=0):
                       f"{' hit' if means[-1] > 0 else '':<6}")
         text = fields[0] if len(fields[0]) < 30 else f"…{fields[0][-28:]}"
         both = " ".join(field.replace(" ", "␣") for field in fields[1:3])
-        lines.append(f"{text:<30}{both:<14}{cells}".rstrip()
-                     + f" effect {means[1] - means[0]:+.2f}" * bool(values))
+        lines.append(f"{text:<30}{both:<14}{cells}"
+                     + f"{means[1] - means[0]:+6.1f}" * bool(values))
         rows.append((*means, *(x == fields[1] for x in fields[3:])))
-    return lines + ["", *totals(rows, name)]
+    return [line.rstrip() for line in lines] + ["", *totals(rows, name)]
 
 
 def totals(rows, name):

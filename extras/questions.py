@@ -27,35 +27,46 @@ def frozen_values(circuit, model):
 
 
 def explain(circuit, model, text=None, columns=5):
-    """The value of each of a circuit's nodes at each token of its pair of prompts, or of a prompt
-    of one's own. Nodes that are alike on both prompts of the pair are left out."""
+    """The value of each of a circuit's nodes at each token of its pair of prompts; nodes that are
+    alike on both are left out. Or of a prompt of one's own, beside the full model's, below what
+    both answer."""
+    example, of_model = circuit.report["example"], None
     if text is None:
-        example, lines = circuit.report["example"], []
+        lines = []
         names = sg.extra("draw", "prompts are not compared").differing(example)
         if left := len(example["values"]) - len(names):
             lines = [f"{left} nodes that do not differ between the prompts are left out"]
     else:
-        example, _ = prune.pair_readings(model, circuit.mask, frozen_values(circuit, model),
-                                         prune.own_prompt(model, text), {})
-        names, lines = list(example["values"]), []
+        one, lines = prune.own_prompt(model, text), ask(circuit, model, [text])
+        example, _ = prune.pair_readings(model, circuit.mask, frozen_values(circuit, model), one,
+                                         {})
+        names, kept = list(example["values"]), np.flatnonzero(circuit.mask.nodes)
+        seen = prune.values_of(prune.observe(model, one.ids)[1], kept, model.cfg)
+        of_model = dict(zip(names, seen.T))
     both = range(len(example["prompts"]))
     for start, p in itertools.product(range(0, len(names), columns), both):
         some = names[start:start + columns]
-        lines += ["", f"prompt {p + 1}, right answer {example['answers'][p]}, margin "
-                  f"{example['margins'][p]:+.3f}" if text is None else "",
-                  " " * 14 + "".join(f"{x:>16}" for x in some)]
-        lines += [f"{token:<14}" + "".join(f"{example['values'][name][p][t]:>16.3f}"
-                                           for name in some)
-                  for t, token in enumerate(example["prompts"][p])]
-    return lines or ["the circuit has no nodes"]
+        lines += [""] if of_model else ["", f"prompt {p + 1}, right answer {example['answers'][p]}"
+                                        f", margin {example['margins'][p]:+.3f}"]
+        lines.append(" " * 14 + "".join(f"{x:>16}" for x in some))
+        lines += [" " * 14 + f"{'circuit':>8}{'model':>8}" * len(some)] * bool(of_model)
+        lines += [f"{token:<14}" + "".join(
+            f"{example['values'][name][p][t]:>8.2f}{of_model[name][t]:>8.2f}" if of_model else
+            f"{example['values'][name][p][t]:>16.3f}" for name in some)
+            for t, token in enumerate(example["prompts"][p])]
+    return lines if names else [*lines, "the circuit has no nodes"]
 
 
-def ask(circuit, model, texts, answers=None):
+def ask(circuit, model, texts, answers=None, values=None):
     """Of each prompt: the full model's five likeliest next tokens; and to which of two answers it
     and the circuit lean. The two are the given ones, or else those of the task's pairs that the
-    full model finds likeliest there. Raises UserError on an unusable prompt."""
+    full model finds likeliest there. With values, the same of the full model as `changed`. Raises
+    UserError on an unusable prompt."""
     s, lines, tok = circuit.settings, [], model.tok
-    frozen = frozen_values(circuit, model)
+    frozen, every = frozen_values(circuit, model), prune.every_node(model.cfg)
+    sides = {"the full model": (frozen, every), "the circuit": (frozen, circuit.mask)}
+    if values:
+        sides["the changed model"] = changed(model, values)
     pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
     known = np.unique(np.stack([pool.right, pool.wrong], 1)[pool.sign > 0], axis=0)
 
@@ -65,34 +76,41 @@ def ask(circuit, model, texts, answers=None):
     for text in texts:
         one = prune.own_prompt(model, text, answers)
         two = np.stack([one.right, one.wrong], 1) if answers else known
-        runner = prune.PlainRunner(model, frozen, one)
-        full, own = (runner.logits(mask)[0, :len(tok.bytes)].astype(float)
-                     for mask in (prune.every_node(model.cfg), circuit.mask))
-        p = np.exp(full - full.max())
-        p /= p.sum()
-        first, second = max(two, key=lambda pair: p[pair].sum())
-        leans = [logits[first] - logits[second] for logits in (full, own)]
-        same = "" if leans[0] * leans[1] > 0 else ": they DISAGREE"
-        top = ", ".join(f"{quoted(i)} {p[i]:.1%}" for i in np.argsort(-p)[:5])
-        lines += [sg.one_line(tok.decode(one.ids[0][1:])),  # with what the answers share
-                  f"    the full model's likeliest: {top}",
-                  f"    logit of {quoted(first)} less that of {quoted(second)}: full model "
-                  f"{leans[0]:+.3f}, circuit {leans[1]:+.3f}{same}"]
+        logits = {side: prune.PlainRunner(model, nodes, one).logits(mask)[0, :len(tok.bytes)]
+                  .astype(float) for side, (nodes, mask) in sides.items()}
+        p = {side: np.exp(x - np.logaddexp.reduce(x)) for side, x in logits.items()}
+        first, second = max(two, key=lambda pair: p["the full model"][pair].sum())
+        leans = [x[first] - x[second] for x in logits.values()]
+        lines.append(sg.one_line(tok.decode(one.ids[0][1:])))  # with what the answers share
+        lines += [f"    {side}'s likeliest: " + ", ".join(
+            f"{quoted(i)} {p[side][i]:.1%}" for i in np.argsort(-p[side])[:5])
+            for side in sides if side != "the circuit"]
+        lines += [f"    logit of {quoted(first)} less that of {quoted(second)}: " + ", ".join(
+            f"{side[4:]} {lean:+.3f}" for side, lean in zip(sides, leans))
+            + ": full model and circuit DISAGREE" * bool(leans[0] * leans[1] <= 0),
+            f"    P of {quoted(first)} and of {quoted(second)}: " + ", ".join(
+                f"{side[4:]} {x[first]:.1%} and {x[second]:.1%}" for side, x in p.items())]
     return lines
 
 
 # ---- of a model ---------------------------------------------------------------------------------
 
-def intervene(model, task, values, settings):
-    """The full model on a task, unchanged and with nodes frozen at values, {node number: value, or
-    None for its mean}."""
-    prompts = prune.make_prompts(model, task, settings.search_pairs, settings.seed)
-    every, frozen = prune.every_node(model.cfg), prune.mean_activations(model, model.text)
+def changed(model, values):
+    """(values by node, CircuitMask) of the full model with nodes frozen at values, {node number:
+    value, or None for its mean}."""
+    frozen = prune.mean_activations(model, model.text)
     for node, value in values.items():
         frozen[node] = frozen[node] if value is None else value
+    return frozen, prune.every_node(model.cfg).without(values)
+
+
+def intervene(model, task, values, settings):
+    """The full model on a task, unchanged and as `changed`."""
+    prompts = prune.make_prompts(model, task, settings.search_pairs, settings.seed)
+    frozen, mask = changed(model, values)
     runner = prune.PlainRunner(model, frozen, prompts)
-    margins = [prune.margins(runner.logits(mask), prompts)
-               for mask in (every, every.without(values))]
+    margins = [prune.margins(runner.logits(kept), prompts)
+               for kept in (prune.every_node(model.cfg), mask)]
     lines = [f"full model on {len(prompts.last)} prompts of {task}, unchanged and changed:"]
     lines += [f"    loss {prune.logistic(m):.4f}, accuracy {(m > 0).mean():.1%}" for m in margins]
     for sign, right, wrong in ((1, "first", "second"), (-1, "second", "first")):

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import prune
 import tasks
-from extras import compare, draw, questions
+from extras import compare, draw, predict, questions
 from extras.stand_in import StrictModule
 from test_sparsegpt import (
     FEW, HERE, NASTY, NODE, NODES, SEEDS, assert_refused, brief, clean, configs, ctrl_c, cue,
@@ -331,7 +331,7 @@ def test_the_whole_path_of_pruning_runs(brief, capsys, monkeypatch):
     example, node = circuit.report["example"], prune.node_number("h1.neuron.5", model.cfg)
     asked = "".join(" --ask " + "".join(prompt[1:]) for prompt in example["prompts"])
     out = ran(capsys, command + asked)
-    own = [float(x) for x in re.findall(r"circuit +(\S+)", out)]  # first over second; then reverse
+    own = [float(x) for x in re.findall(r"circuit +([+-]\S+)", out)]  # of first, then of second
     assert own == pytest.approx([example["margins"][0], -example["margins"][1]], abs=2e-3)
     assert out.count("logit of `x` less that of `y`: full model") == 2
     mean = prune.ModelContext(model).frozen_values[node]
@@ -402,6 +402,124 @@ def test_the_readmes_python_runs(capsys, monkeypatch):
         exec(block, names)
     assert len(blocks) >= 3 and "trained in" in capsys.readouterr().out
     assert len({row.tobytes() for row in names["model"].text}) > 30
+
+
+# ---- predictions --------------------------------------------------------------------------------
+
+def escaped(text):
+    """Text as it stands in a file of predictions."""
+    for this, other in ("\\", r"\\"), ("\n", r"\n"), ("\t", r"\t"), ("{", "{{"), ("}", "}}"):
+        text = text.replace(this, other)
+    return text
+
+@given(st.text("ab{}\\\n\t #", max_size=9).filter(lambda text: text[:1] != "#"), SEEDS)
+def test_a_predicted_prompt_is_read_as_it_is_meant(cues, text, seed):
+    """Any text, by its escapes. A letter is one name all over a line, another in each context."""
+    write({"p.txt": f"# none\n\n{escaped(text)}{{x}}{{A}}{{y}}-{{x}}\tx\ty{{A}}\r\n".encode()})
+    [(number, fields)], model = predict.read("p.txt").items(), wired(n_ctx=64)
+    prompts = predict.in_contexts(model, fields, 3, seed)
+    form = re.escape(text) + r"(?P<x>\w+)\w+-(?P=x)"
+    found = [re.fullmatch(form, model.tok.decode(ids[1:end + 1]))
+             for ids, end in zip(prompts.ids, prompts.last)]
+    assert number == 3 and len(found) == 3 and len({one["x"] for one in found}) > 1
+    assert {*prompts.right} == {ord("x")} and {*prompts.wrong} == {ord("y")}
+
+@pytest.mark.parametrize("said, text", {
+    "p.txt: no prompt": "# a\tb\tc", "line 2: it is not": "\na\tx", "line 1: it is not": "a\t\tx",
+    "line 1: the prompt ends": "a \tx\ty", "line 2: the last": "a\tx\ty\na\tx\ty\tz",
+    "line 1: a lone": r"\a	x	y", "1: a lone": "{xy}\tx\ty", "line 1: no pair": "a\tx\tx",
+    "do not fit": 18 * "a" + "\tx\ty",
+    "than 8 names": "{a}{b}{c}{d}{e}{f}{g}{h}{i}\tx\ty"}.items())
+def test_a_wrong_file_of_predictions_is_one_line(brief, capsys, said, text):
+    write_circuit()
+    write({"p.txt": text.encode()})
+    line = "cue --model model.npz --predict p.txt".split()
+    assert_refused(capsys, said, *line, main=prune.main)
+
+def test_predictions_are_counted_for_both_sides(brief, capsys):
+    """Every number of a line is that of the model, of the circuit, and of the changed model."""
+    write_circuit()
+    rows = [("<ab=", "x", "y", "y"), (">ab=", "y", "x", "y"), ("cab=", "x", "y"),
+            ("ab<=", "y", "x")]
+    write({"p.txt": "\n".join(map("\t".join, rows)).encode()})
+    model, circuit = wired(), found_circuit()
+    frozen, every = prune.ModelContext(model).frozen_values, prune.every_node(model.cfg)
+    set_to = np.where(np.arange(368) == prune.node_number("h1.neuron.5", model.cfg), 1.5, frozen)
+    less = every.without([prune.node_number("h1.neuron.5", model.cfg)])
+    for flags, nodes, mask in ("", frozen, circuit.mask), (" --set h1.neuron.5=1.5", set_to, less):
+        out = ran(capsys, f"cue --model model.npz --predict p.txt{flags}")
+        lines, both = out.splitlines()[-len(rows) - 3:-3], []
+        for (prompt, *answers), line in zip(rows, lines):
+            one, said = prune.own_prompt(model, prompt, answers[:2]), []
+            for values, kept in (frozen, every), (nodes, mask):
+                logits = slow_logits(model, values, one, kept)[:, :257].astype(float)
+                p, margin = np.exp(logits[0] - np.logaddexp.reduce(logits[0])), (
+                    prune.margins(logits, one)[0])
+                said += [p[ord(x)] for x in answers[:2]] + [margin]
+            found = [float(x) for x in re.findall(r"(?<![±\d])[+-]?\d+\.\d+", line)]
+            assert found[:6] == pytest.approx(said, abs=0.0051) and line.startswith(prompt)
+            assert line.count("hit") == sum(x > 0 for x in (said[2], said[5]))
+            assert found[6:] == pytest.approx([said[5] - said[2]] * bool(flags), abs=0.051)
+            both.append((said[2], said[5]))
+        full, own = np.array(both).T
+        assert f"hits: full model {sum(full > 0)} of 4, " in out and f" {sum(own > 0)};" in out
+        same = sum((full > 0) == (own > 0))
+        assert f"agree on {same} of 4, {same / 4:.0%} (95% " in out
+        assert f"margins {np.corrcoef(full, own)[0, 1]:.2f}\n" in out
+        right = sum([full[0] < 0, full[1] > 0])
+        assert f"; correct Python {right} of 2\n" in out
+
+def test_the_included_predictions_can_be_asked(monkeypatch):
+    """Each file belongs to a task, and every prompt of it fits the included model."""
+    model = sg.load_model(HERE / "docs/long.npz")
+    paths = sorted(HERE.glob("docs/near/*.txt"))
+    assert len(paths) >= 10 and {path.stem for path in paths} <= tasks.TASKS.keys()
+    for path in paths:
+        found = predict.read(path)
+        assert len(found) >= 8
+        for fields in found.values():
+            assert len(predict.in_contexts(model, fields, 4, 0).last) == 4
+
+def test_a_prompt_is_explained_beside_the_full_model(brief, capsys):
+    """The values of every node in the circuit and in the full model, below what both answer."""
+    write_circuit()
+    model, circuit = wired(), found_circuit()
+    out = ran(capsys, "cue --model model.npz --explain <ab=")
+    assert out.startswith("\n".join(questions.ask(circuit, model, ["<ab="])))
+    seen, example = prune.activations(model, "<ab="), prune.pair_readings(
+        model, circuit.mask, prune.ModelContext(model).frozen_values,
+        prune.own_prompt(model, "<ab="), {})[0]
+    names = {}
+    for block in out.split("\n\n")[1:]:
+        head, _, *rows = block.splitlines()
+        columns = np.array([re.findall(r"[+-]?\d+\.\d\d", row) for row in rows]).astype(float)
+        for i, name in enumerate(re.findall(NODE, head)):
+            names[name] = columns[:, 2 * i], columns[:, 2 * i + 1]
+    assert names.keys() == NODES
+    for name, (own, full) in names.items():
+        site, _, channel = name.rpartition(".")
+        assert own == pytest.approx(example["values"][name][0], abs=0.0051)
+        assert full == pytest.approx(seen[site][:, int(channel)], abs=0.0051)
+
+def test_the_importance_of_a_node_in_the_model_is_what_its_deletion_costs(cues):
+    """It is printed, and the suggested --ablate takes the largest; older files go without it."""
+    task, circuit = cue_task(), found_circuit()
+    few, every = task.judged.rows(np.arange(8)), prune.every_node(task.model.cfg)
+
+    def loss(*nodes):
+        logits = slow_logits(task.model, task.frozen_values, few, every.without(nodes))
+        return prune.logistic(prune.margins(logits, few))
+    found = {node["name"]: node["in_model"] for node in circuit.report["nodes"]}
+    assert found == pytest.approx({name: loss(prune.node_number(name, task.model.cfg)) - loss()
+                                   for name in found}, abs=1e-4)
+    assert f"--ablate {max(found, key=found.get)}" in prune.next_commands(circuit)
+    assert f", model {max(found.values()):6.3f} " in prune.listing(circuit)
+    old = [{key: x for key, x in node.items() if key != "in_model"}
+           for node in circuit.report["nodes"]]
+    old = dataclasses.replace(circuit, report=dict(circuit.report, nodes=old))
+    largest = max(old.report["nodes"], key=lambda node: node["importance"])["name"]
+    assert f"--ablate {largest}" in prune.next_commands(old) and ", model " not in (
+        prune.listing(old, True))
 
 
 # ---- comparisons --------------------------------------------------------------------------------
