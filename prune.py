@@ -129,7 +129,8 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, ch
                                    ("nonsense", "inverted", "true")):
             jobs.append((key, PruningTask(of.model, of.frozen_values, name, half, labels), 0))
         jobs += [(f"seed {i}", task, i) for i in range(1, seeds)]
-    said = [progress and f"{name}, search {i} of {len(jobs)}" for i in range(1, len(jobs) + 1)]
+    said = [progress and f"{name}, search {i} of {len(jobs)}, {key}"
+            for i, (key, _, _) in enumerate(jobs, 1)]
     results = on_cores(search_job, list(zip(said, jobs)), workers)
     _, own = next(results)
     if own.mask is None:
@@ -146,7 +147,7 @@ def search_job(job):
     """(key, SearchResult) of a job: (what its progress is called, (key, PruningTask, seed))."""
     said, (key, task, seed) = job
     to_clean = key not in CONTROLS or not task.settings.restore
-    return key, search(task, sg.Progress(said and f"{said}, {key}"), seed, to_clean)
+    return key, search(task, sg.Progress(said), seed, to_clean)
 
 
 class PruningTask:
@@ -163,8 +164,7 @@ class PruningTask:
         self.text = None if settings.ablation in ABLATIONS else model.text
         self.pool = make_prompts(model, name, 2 * settings.search_pairs, settings.seed,
                                  labels=labels)
-        n = len(self.pool.last)
-        self.judged = self.pool.rows(np.arange(n // 4 * 2 or n))  # whole pairs
+        self.judged = self.pool.rows(slice(len(self.pool.last) // 4 * 2 or None))  # whole pairs
         self.held = make_prompts(model, name, settings.search_pairs, settings.seed, "held")
         rng = np.random.default_rng([settings.seed, 1])
         self.restoring = PlainRunner(model, frozen_values, self.judged, restored=restored_nodes(
@@ -183,7 +183,7 @@ class PruningTask:
         kept = mask.nodes, *(mask.edges or {}).values()
         key = hashlib.sha256(b"".join(np.packbits(x).tobytes() for x in kept)).digest()
         if key not in self.known:
-            self.known[key] = logistic(margins(self.runner.logits(mask), self.judged))
+            self.known[key] = logistic(self.runner.margins(mask))
         return self.known[key]
 
     def full_loss(self):
@@ -228,7 +228,7 @@ class PruningTask:
     @functools.cached_property
     def pairs_seen(self):
         """See `seen_pairs`, of a part of the prompts."""
-        return seen_pairs(self.model, self.judged.rows(np.arange(min(32, len(self.judged.last)))))
+        return seen_pairs(self.model, self.judged.rows(slice(32)))
 
     def size(self, mask):
         """(nodes, edges) of a mask: the numbers that are reported."""
@@ -265,11 +265,11 @@ def search(task, progress, seed=0, to_clean=True):
         nodes, edges = task.size(mask)
         stages.append(dict(stage=name, nodes=nodes, edges=edges, loss=task.restored_loss(mask)))
 
+    def of_all_runs(name, done, total, note):
+        progress(name, i * total + done, max(s.runs, i + 1) * total, note)
+
     goal, i, short = training_target(s.target, task.full_loss()), 0, True
     while i < s.runs or (short and i == s.runs):
-        def of_all_runs(name, done, total, note, i=i):
-            progress(name, i * total + done, max(s.runs, i + 1) * total, note)
-
         k_coef, lr, temperature = TRIALS[i % len(TRIALS)]
         order, tau = learn_masks(task, k_coef, lr, temperature, [seed, i], of_all_runs,
                                  goal / 2 if i == s.runs else goal)
@@ -287,8 +287,7 @@ def search(task, progress, seed=0, to_clean=True):
     _, mask, learned = best
     stage("learned masks", learned)
     stage("fewest by rank", mask)
-    if to_clean:
-        mask = clean(task, mask, stage, progress)
+    mask = clean(task, mask, stage, progress) if to_clean else mask
     return SearchResult(mask, task.restored_loss(mask), stages)
 
 
@@ -517,23 +516,19 @@ def importance(task, mask):
 def importance_in_model(task, nodes):
     """{node: the full model's loss if it alone is deleted, less its own} of some nodes, on a
     quarter of the prompts."""
-    every, few = every_node(task.model.cfg), task.judged.rows(np.arange(
-        len(task.judged.last) // 8 * 2 or len(task.judged.last)))
-    runner = PlainRunner(task.model, task.frozen_values, few)
-    full, *without = (logistic(margins(runner.logits(every.without(some)), few))
-                      for some in ([], *([n] for n in nodes)))
-    return {int(n): loss - full for n, loss in zip(nodes, without)}
+    every, few = every_node(task.model.cfg), slice(len(task.judged.last) // 8 * 2 or None)
+    runner = PlainRunner(task.model, task.frozen_values, task.judged.rows(few))
+    full = logistic(runner.margins(every))
+    return {int(n): logistic(runner.margins(every.without([n]))) - full for n in nodes}
 
 
 def minor_groups(task, mask, effect):
     """The nodes of less than a tenth of the largest importance, in connected groups, [[node]]: by
     an edge, a channel of the residual stream, or as neighbours in a head. effect: `importance`."""
-    cfg, model = task.model.cfg, task.model
-    minor = {n for n in effect if effect[n] < 0.1 * max(effect.values())}
-    links = node_links(mask, model)
-    for i, head in heads_of(mask, cfg):
-        nodes = head_nodes(mask, cfg, f"h{i}", head)
+    links = node_links(mask, task.model)
+    for nodes in heads_of(mask, task.model.cfg).values():
         links += zip(nodes, nodes[1:])
+    minor = {n for n in effect if effect[n] < 0.1 * max(effect.values())}
     group = {n: {n} for n in minor}
     for a, b in links:
         if a in minor and b in minor and group[a] is not group[b]:
@@ -545,28 +540,24 @@ def minor_groups(task, mask, effect):
 def disconnected_nodes(mask, model, prompts):
     """The kept nodes without a path of links from a token of the prompts, or without one to the
     logits; towards these, a head's query and key channels lead to its values."""
-    cfg, p, nodes, fed, used = model.cfg, model.params, mask.nodes, set(), set()
+    slices, p = node_slices(model.cfg), model.params
+    fed, used = (np.zeros_like(mask.nodes) for _ in range(2))
     tokens = (sg.to_host(p["wte"])[np.unique(prompts.ids)] != 0).any(0)
     if "wpe" in p:
         tokens |= (sg.to_host(p["wpe"]) != 0).any(0)
-    for site, part in node_slices(cfg).items():
+    for site, part in slices.items():
         if link(site) == "reads":
-            fed.update(part.start + np.flatnonzero(nodes[part] & tokens))
-    final = node_slices(cfg)["final"]
-    read = (sg.to_host(sg.unembedding(p)) != 0).any(1)
-    used.update(final.start + np.flatnonzero(nodes[final] & read))
+            fed[part] = tokens
+    used[slices["final"]] = (sg.to_host(sg.unembedding(p)) != 0).any(1)
     links = node_links(mask, model)
     for a, b in sorted(links):  # in the order of computation
-        if a in fed:
-            fed.add(b)
-    for i, head in heads_of(mask, cfg):
-        own = head_nodes(mask, cfg, f"h{i}", head)
-        values = [n for n in own if n >= node_slices(cfg)[f"h{i}.{HEADS[-1]}"].start]
-        links += itertools.product(own[:len(own) - len(values)], values)
+        fed[b] |= fed[a]
+    for (i, _), own in heads_of(mask, model.cfg).items():
+        values = {n for n in own if n >= slices[f"h{i}.{HEADS[-1]}"].start}
+        links += itertools.product({*own} - values, values)
     for b, a in sorted(((b, a) for a, b in links), reverse=True):
-        if b in used:
-            used.add(a)
-    return np.array([n for n in np.flatnonzero(nodes) if not (n in fed and n in used)], np.int64)
+        used[a] |= used[b]
+    return np.flatnonzero(mask.nodes & ~(fed & used))
 
 
 # =================================================================================================
@@ -622,10 +613,8 @@ def node_number(name, cfg):
 
 def nodes_named(name, cfg):
     """The node of a name as [number]; of a head, as h1.head.5, its q, k and v channels."""
-    block, _, head = name.partition(".head.")
-    if f"{block}.q" in node_slices(cfg) and head in map(str, range(cfg.d_model // cfg.d_head)):
-        return head_nodes(every_node(cfg), cfg, block, int(head))
-    return [node_number(name, cfg)]
+    heads = {f"h{i}.head.{j}": own for (i, j), own in heads_of(every_node(cfg), cfg).items()}
+    return heads[name] if name in heads else [node_number(name, cfg)]
 
 
 # A matrix whose weights are edges: its bias, and the node numbers of its rows and of its columns.
@@ -635,11 +624,9 @@ Wires = namedtuple("Wires", "bias source target")
 @functools.cache
 def matrices(cfg):
     """{parameter: Wires}, in the order of computation."""
-    def nodes(sites):
-        return np.concatenate([np.r_[node_slices(cfg)[site]] for site in sites])
-
-    return {f"h{i}.{name}": Wires(f"h{i}.{m.bias}", nodes([f"h{i}.{m.reads}"]),
-                                  nodes([f"h{i}.{site}" for site in m.writes]))
+    slices = node_slices(cfg)
+    return {f"h{i}.{name}": Wires(f"h{i}.{m.bias}", np.r_[slices[f"h{i}.{m.reads}"]],
+                                  np.r_[tuple(slices[f"h{i}.{site}"] for site in m.writes)])
             for i in range(cfg.n_layer) for name, m in sg.MATRICES.items()}
 
 
@@ -686,16 +673,13 @@ def edge_list(edges):
 
 
 def heads_of(mask, cfg):
-    """[(block, head)] of the heads with a kept query, key or value."""
-    return [(i, head) for i in range(cfg.n_layer) for head in range(cfg.d_model // cfg.d_head)
-            if head_nodes(mask, cfg, f"h{i}", head)]
-
-
-def head_nodes(mask, cfg, block, head):
-    """The kept q, k and v channels of a head, by number. block: as in h0."""
-    starts = [node_slices(cfg)[f"{block}.{site}"].start + head * cfg.d_head for site in HEADS]
-    channels = np.concatenate([np.arange(start, start + cfg.d_head) for start in starts])
-    return channels[mask.nodes[channels]].tolist()
+    """{(block, head): its kept q, k and v channels, by number} of the heads that have one."""
+    out = {}
+    for i, head in itertools.product(range(cfg.n_layer), range(cfg.d_model // cfg.d_head)):
+        own = [node_slices(cfg)[f"h{i}.{site}"].start + head * cfg.d_head for site in HEADS]
+        own = [n for start in own for n in range(start, start + cfg.d_head) if mask.nodes[n]]
+        out |= {(i, head): own} if own else {}
+    return out
 
 
 def residual_links(mask, cfg):
@@ -815,47 +799,45 @@ def activations(model, prompt):
 def resampled(model, prompts, text, rng):
     """{site: [N, C]}: the values of every node, position by position, in the full model on windows
     of text [n, T], one drawn for each prompt."""
-    B, T = prompts.ids.shape
-    return observe(model, text[rng.choice(len(text), B)][:, :T], prompts.last)[1]
+    windows = text[rng.choice(len(text), len(prompts.ids))][:, :prompts.ids.shape[1]]
+    return observe(model, windows, prompts.last)[1]
 
 
 def seen_pairs(model, prompts):
-    """[(Prompts, margins [n], {site: [N, C]} of all nodes)] of the full model, in parts of whole
-    pairs, one after the other."""
+    """[(Prompts, margins [n], {site: [N, C]})] of the full model, in parts of whole pairs: the
+    values of all nodes on the pair's other prompt, aligned from the end."""
     out = []
     for start in range(0, len(prompts.last), 16):
-        part = prompts.rows(np.arange(start, min(start + 16, len(prompts.last))))
+        part = prompts.rows(slice(start, start + 16))
         logits, seen, _ = observe(model, part.ids, part.last)
-        out.append((part, margins(sg.to_host(logits), part), seen))
-    return out
-
-
-class Interchange:
-    """A hook: the full model, but some nodes have the values of the other prompt of each pair,
-    aligned from the end. part, _, seen: of `seen_pairs`."""
-
-    def __init__(self, nodes, part, seen, cfg):
-        self.nodes, self.seen, self.slices = sg.xp.asarray(nodes), seen, node_slices(cfg)
         B, T = part.ids.shape
         other, t = np.arange(B) ^ 1, np.arange(T)
         there = t + (part.last[other] - part.last)[:, None]
         # Before the start of the other prompt stands nothing: there a node keeps its own value.
         rows = np.where(there < 0, np.arange(B)[:, None] * T + t,
-                        other[:, None] * T + np.minimum(there, T - 1))
-        self.every, self.last = (sg.xp.asarray(x) for x in (rows.reshape(-1), other))
+                        other[:, None] * T + np.minimum(there, T - 1)).reshape(-1)
+        swapped = {site: x[sg.xp.asarray(rows if len(x) == len(rows) else other)]
+                   for site, x in seen.items()}
+        out.append((part, margins(sg.to_host(logits), part), swapped))
+    return out
+
+
+class Interchange:
+    """A hook: the full model, but some nodes, bool by node, have other values, {site: [N, C]}."""
+
+    def __init__(self, nodes, values, cfg):
+        self.nodes, self.values, self.slices = sg.xp.asarray(nodes), values, node_slices(cfg)
 
     def forward(self, site, x, k):
-        rows = self.every if len(x) == len(self.every) else self.last
-        return sg.xp.where(self.nodes[self.slices[site]], self.seen[site][rows],
-                           sg.abstopk(x, k)[0])
+        return sg.xp.where(self.nodes[self.slices[site]], self.values[site], sg.abstopk(x, k)[0])
 
 
 def interchanged(model, pairs_seen, nodes):
     """Margins [n] of the full model where some nodes, bool by node, take the values that they have
     on the pair's other prompt (interchange). pairs_seen: see `seen_pairs`."""
     out = []
-    for part, _, seen in pairs_seen:
-        hook = Interchange(nodes, part, seen, model.cfg)
+    for part, _, values in pairs_seen:
+        hook = Interchange(nodes, values, model.cfg)
         logits, _ = sg.forward(model.params, part.ids, model.cfg, hook, part.last)
         out.append(margins(sg.to_host(logits), part))
     return np.concatenate(out)
@@ -882,14 +864,16 @@ class PlainRunner:
 
     frozen_values: by node. text, rng: deleted nodes take values on other text instead, which is a
     stronger ablation, as these can mislead. Deleted edges stay frozen at `frozen_values`.
-    restored: see `restored_nodes`; these are kept too, with all their edges.
+    restored: see `restored_nodes`; these are kept too, with all their edges. gated: those nodes
+    are active that are so in the full model.
     """
 
-    def __init__(self, model, frozen_values, prompts, text=None, rng=None, restored=None):
-        self.model, self.frozen_values, self.parts = model, frozen_values, prompts.parts()
-        self.restored = [False if restored is None else restored[i] for i, _ in self.parts]
-        self.values = [frozen_values if text is None else resampled(model, part, text, rng)
-                       for _, part in self.parts]
+    def __init__(self, model, frozen_values, prompts, text=None, rng=None, restored=None,
+                 gated=False):
+        self.model, self.frozen_values, self.prompts = model, frozen_values, prompts
+        self.gated, self.parts = gated, [
+            (index, part, frozen_values if text is None else resampled(model, part, text, rng),
+             False if restored is None else restored[index]) for index, part in prompts.parts()]
 
     def params(self, mask):
         """The parameters with deleted edges: weight 0, and the frozen input in the bias."""
@@ -905,13 +889,14 @@ class PlainRunner:
 
     def hook(self, mask, params, part, values, restored):
         """The hook for one part of the prompts."""
-        return Ablation(mask.nodes | restored, values, self.model.cfg)
+        seen = self.gated and observe(self.model, part.ids, part.last)[1]
+        return Ablation(mask.nodes | restored, values, self.model.cfg, seen)
 
     def logits_by_part(self, mask):
         """Yields (index, logits at the deciding positions [n, V]) of the parts of the prompts."""
         params = self.params(mask)
-        for (index, part), *more in zip(self.parts, self.values, self.restored):
-            hook = self.hook(mask, params, part, *more)
+        for index, part, values, restored in self.parts:
+            hook = self.hook(mask, params, part, values, restored)
             logits, _ = sg.forward(params, part.ids, self.model.cfg, hook, part.last)
             yield index, sg.to_host(logits)
 
@@ -919,6 +904,10 @@ class PlainRunner:
         """Logits at the deciding positions [n, V], on the host, in the order of the prompts."""
         index, logits = zip(*self.logits_by_part(mask))
         return np.concatenate(logits)[np.argsort(np.concatenate(index))]
+
+    def margins(self, mask):
+        """Margins at the deciding positions [n], in the order of the prompts."""
+        return margins(self.logits(mask), self.prompts)
 
 
 class FastRunner(PlainRunner):
@@ -1042,16 +1031,16 @@ def quickest(model, frozen_values, prompts):
     cfg, rng = dataclasses.replace(model.cfg, dtype="float64"), np.random.default_rng(0)
     exact = model._replace(cfg=cfg, params={name: w.astype(float)
                                             for name, w in model.params.items()})
-    few = prompts.rows(np.arange(min(4, len(prompts.last))))
-    of_heads = [f"h{i}.{site}" for i in range(cfg.n_layer) for m in sg.MATRICES.values()
-                if m.reads == HEADS[-1] for site in m.writes]
+    few = prompts.rows(slice(4))
     try:
         plain, fast = (kind(exact, frozen_values.astype(float), few)
                        for kind in (PlainRunner, FastRunner))
+        of_heads = sg.MATRICES[fast.out].writes
         # Shares of kept nodes. In the last circuit, no kept channel reads some heads.
         for share, reading in (0.05, 0.05), (0.3, 0.3), (0.9, 0.9), (0.9, 0.02):
             mask = CircuitMask(np.concatenate([
-                rng.random(part.stop - part.start) < (reading if site in of_heads else share)
+                rng.random(part.stop - part.start) < (
+                    reading if site.partition(".")[2] in of_heads else share)
                 for site, part in node_slices(cfg).items()]))
             mask = mask._replace(edges={
                 name: kept & (rng.random(kept.shape) < 0.8)
@@ -1214,11 +1203,8 @@ def checks_of(circuit, task, results):
     seeds = []
     yield check_held_out(circuit)
     yield from check_restored(task, circuit.mask)
-    yield check_necessity(task, circuit.mask)
-    yield check_interchange(task, circuit.mask)
-    yield check_recall(task, circuit.mask)
-    yield check_resampled(task, circuit.mask)
-    yield check_gated(task, circuit.mask)
+    for check in check_necessity, check_interchange, check_recall, check_resampled, check_gated:
+        yield check(task, circuit.mask)
     yield check_attention(circuit)
     for key, result in results:
         if key in CONTROLS:
@@ -1247,17 +1233,17 @@ def check_restored(task, mask):
             nodes = restored_nodes(len(prompts.last), 1.0, rng, task.model.cfg)
             nodes &= kept.nodes | ~mask.nodes
             runner = PlainRunner(task.model, task.frozen_values, prompts, restored=nodes)
-            loss.append(np.logaddexp(0, -margins(runner.logits(kept), prompts)))
+            loss.append(np.logaddexp(0, -runner.margins(kept)))
             share.append(nodes.mean(1))
         loss, order = np.concatenate(loss), np.argsort(np.concatenate(share), kind="stable")
         by_share.append([float(loss[part].mean()) for part in np.array_split(order, 5)])
     (search, held, without), (limit, why) = by_share, task.settings.limit()
     text = [" ".join(f"{x:.2f}" for x in losses) for losses in by_share]
-    yield verdict("others restored", max(np.mean(search), np.mean(held)) <= limit,
-                  "a random share of the other nodes restored beside it, drawn anew for every "
-                  f"pair: loss {np.mean(search):.3f}, on held-out prompts {np.mean(held):.3f} "
-                  f"({text[1]} by fifths of the shares; pass: both at most {limit:.2f}, {why})",
-                  loss=max(np.mean(search), np.mean(held)), search=np.mean(search))
+    loss = max(np.mean(search), np.mean(held))
+    yield verdict("others restored", loss <= limit, "a random share of the other nodes restored "
+                  f"beside it, drawn anew for every pair: loss {np.mean(search):.3f}, on held-out "
+                  f"prompts {np.mean(held):.3f} ({text[1]} by fifths of the shares; pass: both at "
+                  f"most {limit:.2f}, {why})", loss=loss, search=np.mean(search))
     passed = min(without) > HALF_CHANCE if mask.nodes.any() else None
     yield verdict("necessary at every share", passed, "such shares restored without the circuit: "
                   f"loss {text[2]} by fifths (pass: all above 0.35 nats, half of chance)",
@@ -1314,10 +1300,9 @@ def check_recall(task, mask, n=20, candidates=60):
 
 def check_resampled(task, mask):
     """Deleted nodes take the values that they have on other text."""
-    rng, losses = np.random.default_rng(2), []
-    for _ in range(4):
-        runner = PlainRunner(task.model, task.frozen_values, task.judged, task.model.text, rng)
-        losses.append(logistic(margins(runner.logits(mask), task.judged)))
+    rng = np.random.default_rng(2)
+    losses = [logistic(PlainRunner(task.model, task.frozen_values, task.judged, task.model.text,
+                                   rng).margins(mask)) for _ in range(4)]
     loss = float(np.mean(losses))
     return loss_check(task.settings, "resampled ablation", loss, "deleted nodes at their values "
                       f"on random training text: mean loss of 4 draws {loss:.3f}, "
@@ -1326,14 +1311,8 @@ def check_resampled(task, mask):
 
 def check_gated(task, mask):
     """AbsTopK takes its winners in the full model, not among the kept nodes alone."""
-    model, margin = task.model, np.zeros(len(task.judged.last))
-    params = PlainRunner(model, task.frozen_values, task.judged).params(mask)
-    for index, part in task.judged.parts():
-        _, seen, _ = observe(model, part.ids, part.last)
-        hook = Ablation(mask.nodes, task.frozen_values, model.cfg, seen)
-        logits, _ = sg.forward(params, part.ids, model.cfg, hook, part.last)
-        margin[index] = margins(sg.to_host(logits), part)
-    loss = logistic(margin)
+    runner = PlainRunner(task.model, task.frozen_values, task.judged, gated=True)
+    loss = logistic(runner.margins(mask))
     return loss_check(task.settings, "full model's AbsTopK", loss, "only nodes that are active in "
                       f"the full model are: loss {loss:.3f}")
 
@@ -1453,17 +1432,16 @@ def connections(model, mask, prompts):
     cfg, p, out = model.cfg, model.params, dict(edges=[], residual=[], embed=[], unembed=[])
     for name, i, j in edge_list(mask.edges):
         m = matrices(cfg)[name]
-        ends = (node_name(n, cfg) for n in (m.source[i], m.target[j]))
-        out["edges"].append(dict(zip(("from", "to", "matrix", "weight"),
-                                     (*ends, name, float(p[name][i, j])))))
+        out["edges"].append({"from": node_name(m.source[i], cfg), "to": node_name(
+            m.target[j], cfg), "matrix": name, "weight": float(p[name][i, j])})
+    out["residual"] = [{"from": node_name(a, cfg), "to": node_name(b, cfg)}
+                       for a, b in residual_links(mask, cfg)]
     counts = np.array([np.bincount(ids[:end + 1], minlength=cfg.vocab_size)
                        for ids, end in zip(prompts.ids, prompts.last)])
     cues = np.flatnonzero((counts[::2] != counts[1::2]).any(0))
     answers = np.unique([prompts.right, prompts.wrong])
-    out["residual"] = [{"from": node_name(a, cfg), "to": node_name(b, cfg)}
-                       for a, b in residual_links(mask, cfg)]
     for name in (node_name(n, cfg) for n in np.flatnonzero(mask.nodes)):
-        site, channel = name.rsplit(".", 1)
+        site, _, channel = name.rpartition(".")
         if link(site) == "reads":
             column = p["wte"][:, int(channel)]
             out["embed"] += [{"token": token(model, i), "to": name, "weight": float(column[i])}
@@ -1504,7 +1482,7 @@ def pair_readings(model, mask, frozen_values, pair, overlap):
             attends.append(dict(context="".join(tokens[1:]), at=tokens[-1], to=to, rows=rows))
         sink, table = (model.params.get(f"h{i}.attn.{name}") for name in ("sink", "relbias"))
         bias = np.zeros(0) if table is None else sg.to_host(table[head])[:pair.ids.shape[1]]
-        nodes = [node_name(n, cfg) for n in head_nodes(mask, cfg, f"h{i}", head)]
+        nodes = [node_name(n, cfg) for n in heads_of(mask, cfg)[i, head]]
         heads.append(dict(name=f"h{i}.head.{head}", nodes=nodes,
                           attends=attends, sink=None if sink is None else float(sink[head]),
                           distances=[[int(d), float(bias[d])] for d in np.argsort(-bias)[:3]],
@@ -1528,12 +1506,12 @@ CHECKS_HEAD = "checks, then the same search where there should be no circuit"
 def listing(circuit, verbose=False):
     """A circuit as text: `portrait`, then its checks."""
     lines = (check_text(c, verbose) for c in circuit.report["checks"])
-    return "\n".join([portrait(circuit, verbose), "", CHECKS_HEAD, *lines])
+    return "\n".join([portrait(circuit, verbose), *lines])
 
 
 def portrait(circuit, verbose=False):
-    """A circuit without its checks as text: task, size, losses, then its nodes and edges in the
-    order of computation. verbose: all stages and nodes, and tokens with high and low values."""
+    """A circuit as text, up to the head of its checks: task, size, losses, its nodes and edges in
+    the order of computation. verbose: all stages and nodes, tokens with high and low values."""
     r, size, example = circuit.report, circuit.report["size"], circuit.report["example"]
     lines = textwrap.wrap(f"{circuit.task}: {r['doc']}", 99, subsequent_indent="    ")
     lines += [f"    prompt {i}: {''.join(tokens[1:])}    answer: {sg.one_line(answer, '␣')}"
@@ -1557,9 +1535,9 @@ def portrait(circuit, verbose=False):
                   "search" + f"{'nodes':>25} {'edges':>8} {'loss':>8}"]
         lines += [f"    {s['stage']:<20} {s['nodes']:>6,} {s['edges']:>8,} {s['loss']:8.4f}"
                   for s in r["stages"]]
-    legend = LEGEND.format(ABLATIONS[circuit.settings.ablation][1])
-    return "\n".join([*lines, "", *textwrap.wrap(legend, 99)]) + "\n\n" + (
-        "\n\n" if verbose else "\n").join("\n".join(block) for block in blocks(circuit, verbose))
+    lines += ["", *textwrap.wrap(LEGEND.format(ABLATIONS[circuit.settings.ablation][1]), 99)]
+    body = ("\n\n" if verbose else "\n").join(map("\n".join, blocks(circuit, verbose)))
+    return "\n".join([*lines, "", body, "", CHECKS_HEAD])
 
 
 def check_text(check, verbose=False):
@@ -1579,20 +1557,6 @@ def amount(check):
     if "edges" in check:
         return "none" if check["edges"] is None else f"{check['edges']:.0f} edges"
     return f"{check['loss']:.2f} nats"
-
-
-def check_line(checks):
-    """The checks on one line: how many passed, and which did not, with their numbers."""
-    failed = [f"{c['name']} {amount(c)}" for c in checks if c["passed"] is False]
-    return f"checks: passed {sum(c['passed'] is True for c in checks)}" + (
-        f", FAILED {len(failed)}: {', '.join(failed)}" if failed else "")
-
-
-def control_line(checks):
-    """What the same search needs where there should be no circuit, on one line."""
-    edges = [f"{c['name'].removesuffix(' task')} {amount(c).removesuffix(' edges')}"
-             for c in checks if c["name"] in CONTROLS and c["passed"] is not None]
-    return f"controls (edges; none or far more is good): {', '.join(edges) or 'not run'}"
 
 
 def packed(items, wide=99):
@@ -1895,8 +1859,7 @@ def find(context, name, settings, folder, seeds, workers=1, verbose=False, tell=
             except sg.UserError as e:
                 print(f"{e}; the search goes on", file=sys.stderr)
         if tell:
-            tell(check_text(check, verbose) if check else
-                 f"{portrait(circuit, verbose)}\n\n{CHECKS_HEAD}")
+            tell(check_text(check, verbose) if check else portrait(circuit, verbose))
 
     circuit = prune(context.model, name, settings, context, seeds, workers, progress=bool(tell),
                     found=found)

@@ -334,6 +334,20 @@ def attention_maps(report):
 
 # ---- whole drawings -----------------------------------------------------------------------------
 
+def check_line(checks):
+    """The checks on one line: how many passed, and which did not, with their numbers."""
+    failed = [f"{c['name']} {prune.amount(c)}" for c in checks if c["passed"] is False]
+    return f"checks: passed {sum(c['passed'] is True for c in checks)}" + (
+        f", FAILED {len(failed)}: {', '.join(failed)}" if failed else "")
+
+
+def control_line(checks):
+    """What the same search needs where there should be no circuit, on one line."""
+    edges = [f"{c['name'].removesuffix(' task')} {prune.amount(c).removesuffix(' edges')}"
+             for c in checks if c["name"] in prune.CONTROLS and c["passed"] is not None]
+    return f"controls (edges; none or far more is good): {', '.join(edges) or 'not run'}"
+
+
 def page(circuit):
     """A circuit as an HTML page: its picture, values and attention, its listing."""
     report = circuit.report
@@ -341,7 +355,7 @@ def page(circuit):
              ("neg", "negative weight"), ("", "residual channel"))
     return document(
         circuit.task, f"<p>{visible(report['doc'])}</p>\n",
-        f"<p>{visible(prune.control_line(report['checks']))}</p>",
+        f"<p>{visible(control_line(report['checks']))}</p>",
         '<p class="mute">box: channel, and the token with its highest value; the fainter, the '
         "less important; tokens with the same edges share a box; not drawn: token weights under "
         "a third of their node's largest, and all but 10 boxes on each side</p>\n"
@@ -350,7 +364,7 @@ def page(circuit):
             for kind, what in wires), "</p>\n",
         picture(circuit), '<pre class="panel" hidden></pre>\n', heat_map(report["example"]),
         attention_maps(report), f"<pre>{lines_of(prune.listing(circuit, verbose=True))}"
-        f"</pre><script>{SCRIPT}</script>", note=prune.check_line(report["checks"]))
+        f"</pre><script>{SCRIPT}</script>", note=check_line(report["checks"]))
 
 
 def summary_page(rows):
@@ -360,7 +374,7 @@ def summary_page(rows):
         name, report = visible(circuit.task), circuit.report
         text = text.replace(f"\n{name} ", f'\n<a href="#{name}">{name}</a> ')
         body += [f'<h2 id="{name}">{name} <small>',
-                 f"{visible(prune.check_line(report['checks']))}</small></h2>",
+                 f"{visible(check_line(report['checks']))}</small></h2>",
                  f"<p>{visible(report['doc'])}</p>",
                  picture(circuit) if len(circuit.nodes) <= 120 else
                  "<p>Too large to be seen here.</p>"]
