@@ -89,7 +89,7 @@ def host(x):
     return np.array(sg.to_host(x))
 
 def on_device(params):
-    return {name: dev(w) for name, w in params.items()}
+    return {name: dev(host(w)) for name, w in params.items()}
 
 def flat_of(params):
     """Host parameters as one flat array on the backend."""
@@ -762,9 +762,9 @@ def slow_clock(monkeypatch):
     looks = itertools.count(step=50)
     monkeypatch.setattr(sg, "time", types.SimpleNamespace(perf_counter=lambda: next(looks)))
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("act, stops", [
-    (ctrl_c, [1]), (ctrl_c, [5, 8]), (ctrl_c, [10]), (lambda: 1 / 0, [7])])
+@pytest.mark.parametrize("dtype, act, stops", [
+    ("float32", ctrl_c, [1]), ("float64", ctrl_c, [5, 8]), ("float64", ctrl_c, [10]),
+    ("float32", lambda: 1 / 0, [7])])
 def test_a_resumed_run_equals_a_whole_one(prose, backend, dtype, act, stops, slow_clock):
     """A crashed one goes on from its automatic save. Other data or another config is refused."""
     whole = sg.train(tiny(dtype=dtype, out="whole.npz"), log=quiet)
@@ -909,22 +909,19 @@ def test_a_checkpoint_of_another_forward_pass_is_told_of_and_loaded(backend, cap
     assert same_model(sg.load_model("model.npz"), small_model())
     assert re.fullmatch("model.npz: .* other logits .*\n", capsys.readouterr().err)
 
-@given(data=st.data())
-def test_a_checkpoint_of_other_parameters_is_refused_and_the_first_is_named(data):
+SHAPES = sg.shapes(tiny())
+
+@pytest.mark.parametrize("own, said", [
+    (SHAPES | {"h0.mlp.bgate": (5,)}, "h0.mlp.bgate"), (SHAPES | {"head.w": (7,)}, "head.w"),
+    ({name: SHAPES[name] for name in SHAPES if name != "wte"}, "wte"),
+    (dict(reversed(SHAPES.items())), "order")])
+def test_a_checkpoint_of_other_parameters_is_refused_and_the_first_is_named(
+        own, said, monkeypatch):
     """The source has one more, as a gated MLP does, one less, or others: views would shift."""
     write({"model.npz": checkpoint_bytes()})
-    saved = list(sg.shapes(tiny()).items())
-    i, more = data.draw(st.integers(0, len(saved) - 1)), ("h0.mlp.bgate", (5,))
-    (name, shape), rest = saved[i], saved[i + 1:]
-    own, said = data.draw(st.sampled_from([
-        ([more, saved[i]], more[0]), ([], name), ([(name, (*shape[:-1], 7))], name),
-        ([more], name), (rest[:1] + saved[i:i + 1], "order" if rest else None)]))
-    if said:
-        own = saved[:i] + own + (rest[1:] if said == "order" else rest)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(sg.UserError) as e:
-            patch.setattr(sg, "shapes", lambda cfg: dict(own))
-            sg.load_model("model.npz")
-        assert f"parameter {said} is" in str(e.value) and "\n" not in str(e.value)
+    monkeypatch.setattr(sg, "shapes", lambda cfg: own)
+    with pytest.raises(sg.UserError, match=f"parameter {said} is"):
+        sg.load_model("model.npz")
 
 def load_or_refuse(content):
     """What load_model makes of a file of this content: None if it is refused as damaged."""
@@ -1232,8 +1229,7 @@ def test_processes_of_mpirun_train_as_one(prose):
     # A lock that cannot be had, or else both would run: a folder, a pipe, a link to a file.
     *((f"--out {name}", "cannot lock") for name in ("folder.npz", "fifo.npz", "link.npz")),
     ("--out run.npz", "unfinished run"), ("--sample x --bench", "not allowed with"),
-    ("--dense --quick", "not allowed with"),
-    ("--lr 1000 --steps 60 --dtype float32", "not finite at step")])
+    ("--dense --quick", "not allowed with")])
 def test_wrong_input_is_refused_and_nothing_is_written_over(line, said, prose, capsys):
     whole = checkpoint_bytes()
     Path("hollow").mkdir()
@@ -1317,10 +1313,10 @@ def test_every_config_field_is_a_flag_with_help():
     for field in dataclasses.fields(sg.Config):
         assert re.search(rf"--{field.name} .*?\w.*?\(default ", text)
 
-@pytest.mark.parametrize("name", ["dense", "long", "quick"])
-def test_a_preset_changes_the_defaults_and_what_is_given_changes_it(name):
-    given_flags = vars(sg.make_parser().parse_args([f"--{name}", "--steps=9"]))
-    assert sg.configure(given_flags) == sg.Config(**{**sg.PRESETS[name], "steps": 9})
+def test_a_preset_changes_the_defaults_and_what_is_given_changes_it():
+    for name, preset in sg.PRESETS.items():
+        given_flags = vars(sg.make_parser().parse_args([f"--{name}", "--steps=9"]))
+        assert sg.configure(given_flags) == sg.Config(**{**preset, "steps": 9})
 
 def test_without_a_model_sample_takes_the_included_one(capsys, monkeypatch):
     """And says so on stderr. The default file goes before it."""
@@ -1438,9 +1434,6 @@ def drawn_mask(cfg, seed, density=0.6):
     return (model, rng.standard_normal(len(nodes)), prompts,
             prune.CircuitMask(nodes, edges if rng.random() < 0.7 else None))
 
-def run_hook(model, ids, hook=None, at=None):
-    return host(sg.forward(model.params, ids, model.cfg, hook, at)[0])
-
 WRITTEN_OUT = dict(relu=lambda y: np.maximum(y, 0), square=lambda y: y * y,
                    gelu=lambda y: exact_gelu(y.ravel())[0].reshape(y.shape))
 
@@ -1525,10 +1518,10 @@ def test_a_circuit_computes_what_its_definition_says(backend, monkeypatch, cfg, 
     plain = prune.PlainRunner(model, frozen, prompts, restored=restored).logits(mask)
     expected = slow_logits(model, frozen, prompts, mask, restored=restored)
     assert np.allclose(plain, expected, 1e-9, 1e-9)
-    logits = run_hook(model, prompts.ids, record := prune.Recorder())
+    logits = logits_of(model.params, prompts.ids, cfg, record := prune.Recorder())
     for seen in None, record.seen:
         hook = prune.Ablation(every.nodes, frozen, cfg, seen)
-        assert np.array_equal(run_hook(model, prompts.ids, hook), logits)
+        assert np.array_equal(logits_of(model.params, prompts.ids, cfg, hook), logits)
     task = types.SimpleNamespace(model=model, frozen_values=frozen, judged=prompts, settings=FEW)
     expected = slow_logits(model, frozen, prompts, mask, gated=True)
     loss, found = prune.logistic(prune.margins(expected, prompts)), prune.check_gated(task, mask)
@@ -1577,7 +1570,7 @@ def test_the_gradient_of_a_mask_is_the_derivative_of_the_loss(backend, cfg, seed
         def along(t):
             hook = Mixed(keep, frozen, cfg)
             hook.mixed = node, t, frozen
-            logits = run_hook(model, prompts.ids, hook, prompts.last)
+            logits = logits_of(model.params, prompts.ids, cfg, hook, prompts.last)
             return prune.logistic(prune.margins(logits, prompts))
         assert loss == pytest.approx(along(0.0), rel=1e-9)
         errors.append(mismatch(along, grad[node:node + 1], np.ones(1), loss))
@@ -1600,7 +1593,7 @@ def test_interchanged_nodes_have_their_values_on_the_other_prompt(backend, cfg, 
     model, frozen, prompts, (nodes, _) = drawn_mask(cfg, seed)
     rows, expected = [ids[None, :end + 1] for ids, end in zip(prompts.ids, prompts.last)], []
     for i, ids in enumerate(rows):
-        run_hook(model, rows[i ^ 1], record := prune.Recorder())
+        logits_of(model.params, rows[i ^ 1], cfg, record := prune.Recorder())
 
         class Swap(prune.Recorder):
             def forward(self, site, x, k):
@@ -1608,7 +1601,7 @@ def test_interchanged_nodes_have_their_values_on_the_other_prompt(backend, cfg, 
                 n, some = min(len(x), len(other)), nodes[prune.node_slices(cfg)[site]]
                 x[-n:, some] = other[-n:, some]
                 return dev(x)
-        expected.append(run_hook(model, ids, Swap())[0, -1])
+        expected.append(logits_of(model.params, ids, cfg, Swap())[0, -1])
     found = prune.interchanged(model, prune.seen_pairs(model, prompts), nodes)
     assert np.allclose(found, prune.margins(np.array(expected), prompts), 1e-8, 1e-9)
 
