@@ -60,11 +60,11 @@ def in_contexts(model, fields, n, seed):
     Raises ValueError if the model cannot use the prompt."""
     letters = sorted({x[1] for x in PIECE.findall("".join(fields)) if x not in PLAIN})
     few, pairs = [x for x in letters if x.islower()], {}
+    if len(few) > 8:
+        raise ValueError("more than 8 names")
     for i in range(4 * n):  # some are too long, or the same
         w = tasks.Writer(random.Random(f"predict/{seed}/{i}"), "eval")
-        if len(few) > len(w.scope):
-            raise ValueError(f"more than {len(w.scope)} names")
-        names = dict(zip(letters, w.rng.sample(w.words, 26))) | dict(zip(few, w.names(len(few))))
+        names = dict(zip(letters, w.rng.sample(w.words, 26))) | dict(zip(few, w.names(8)))
         prompt, *answers = (PIECE.sub(lambda m: PLAIN.get(m[0]) or names[m[0][1]], field)
                             for field in fields[:3])
         (prompt, one, _), (_, two, _) = tasks.surround(w, [(prompt, x, "") for x in answers])
