@@ -59,8 +59,11 @@ HERE = Path(sg.__file__).parent
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path, use_device=sg.use_device):
-    """Every test in a folder of its own, on NumPy, whatever the one before it did."""
+    """Every test in a folder of its own, on NumPy, whatever the one before it did or added."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    monkeypatch.setattr(tasks, "added", [])
+    monkeypatch.setattr(sg, "ACTIVATIONS", dict(sg.ACTIVATIONS))
     monkeypatch.delenv("SPARSEGPT_DEVICE", raising=False)
     yield
     use_device("cpu")
@@ -160,6 +163,12 @@ def ctrl_c():
 def run_main(capsys, *argv, main=sg.main):
     """(status, stdout, stderr) of the command line."""
     return main(list(argv)), *capsys.readouterr()
+
+def ran(capsys, line, main=prune.main, status=0):
+    """What is printed by a command that has to end with a status and without a complaint."""
+    found, out, err = run_main(capsys, *line.split(), main=main)
+    assert (found, err) == (status, "")
+    return out
 
 def assert_refused(capsys, said, *argv, main=sg.main):
     """A mistake is one line on stderr that names what is wrong, status 2, and no file written."""
@@ -722,17 +731,16 @@ OWN_TASKS = {  # a file of tasks, the first of which is asked for: what is said
         "raise SystemExit(5)")}}
 
 @pytest.mark.parametrize("text, said", OWN_TASKS.items())
-def test_tasks_of_ones_own_are_added_or_refused(text, said, capsys, monkeypatch):
+def test_tasks_of_ones_own_are_added_or_refused(text, said, capsys):
     """A file adds its functions of one argument. What is wrong with it is one line."""
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-    monkeypatch.setattr(tasks, "added", [])
     write({"own.py": text.encode()})
     name = (re.findall(r"def (\w+)", text) or ["odd"])[0]
+    line = f"{name} --n=1 --tasks=own.py"
     if said:
-        assert_refused(capsys, said, name, "--n=1", "--tasks=own.py", main=tasks.main)
+        assert_refused(capsys, said, *line.split(), main=tasks.main)
         return
-    status, out, _ = run_main(capsys, name, "--n=1", "--tasks=own.py", main=tasks.main)
-    assert status == 0 and out.startswith(f"== {name}: ") and out.count("| ") > 1
+    out = ran(capsys, line, tasks.main)
+    assert out.startswith(f"== {name}: ") and out.count("| ") > 1
     assert list(tasks.TASKS)[20:] == [name] and tasks.added == [os.path.abspath("own.py")]
 
 @pytest.mark.parametrize("line, said", [
@@ -746,8 +754,7 @@ def test_command_line_of_tasks_shows_or_refuses(line, said, capsys):
     if said:
         assert not assert_refused(capsys, said, *line.split(), main=tasks.main)
     else:
-        status, out, _ = run_main(capsys, *line.split(), main=tasks.main)
-        assert status == 0 and out.count("\n") > 5
+        assert ran(capsys, line, tasks.main).count("\n") > 5
 
 
 # ---- training and checkpoints -------------------------------------------------------------------
@@ -1299,8 +1306,7 @@ def test_a_run_prints_its_scores(prose, n_ctx, idioms, capsys, monkeypatch):
     are no idioms."""
     monkeypatch.setattr(sg, "evaluate_tasks", functools.partial(sg.evaluate_tasks, n=3))
     monkeypatch.setattr(sg, "IDIOM_BYTES", 30_000)
-    status, out, err = run_main(capsys, *flags(n_ctx=n_ctx, idioms=idioms))
-    assert (status, err) == (0, "")
+    out = ran(capsys, " ".join(flags(n_ctx=n_ctx, idioms=idioms)), sg.main)
     assert f"ln(vocabulary) is {math.log(280):.4f}" in out and "saved to model" in out
     scored, _, left_out = out.partition("not scored")
     assert ("for_while" in scored, "for_while" in left_out) == (
@@ -2047,12 +2053,6 @@ def write_circuit():
     prune.save_circuit("circuits/cue.json", found_circuit())
     return json.loads(Path("circuits/cue.json").read_text())
 
-def ran(capsys, line, main=prune.main, status=0):
-    """What is printed by a command that has to end with a status and without a complaint."""
-    found, out, err = run_main(capsys, *line.split(), main=main)
-    assert (found, err) == (status, "")
-    return out
-
 def test_a_circuit_file_gives_back_the_circuit_and_its_losses(cues, capsys, monkeypatch):
     """Every printed loss comes out again; what is changed, with a right checksum, is seen."""
     write_circuit()
@@ -2281,12 +2281,19 @@ def test_a_wrong_backward_of_a_changed_model_is_caught(wrong, edit, capsys):
 # ---- circuits: what a person asks ---------------------------------------------------------------
 
 def test_importance_is_what_deletion_costs_and_no_group_can_go(cues):
-    """Minor nodes are in one group each; cleaning ends where no group of them can go."""
+    """In the circuit, and in the full model on fewer prompts. Minor nodes are in one group each;
+    cleaning ends where no group of them can go."""
     task, circuit = cue_task(), found_circuit()
     loss, effect = task.loss(circuit.mask), prune.importance(task, circuit.mask)
     assert effect == {n: cue_task().loss(circuit.mask.without([n])) - loss
                       for n in np.flatnonzero(circuit.mask.nodes)}
     assert [node["importance"] for node in circuit.report["nodes"]] == list(effect.values())
+    few, every = task.judged.rows(np.arange(8)), prune.every_node(task.model.cfg)
+    full, *without = (prune.logistic(prune.margins(
+        slow_logits(task.model, task.frozen_values, few, every.without(nodes)), few))
+        for nodes in ([], *([n] for n in effect)))
+    in_model = [node["in_model"] for node in circuit.report["nodes"]]
+    assert in_model == pytest.approx(np.array(without) - full, abs=1e-4)
     mask = circuit.mask._replace(nodes=np.ones_like(circuit.mask.nodes), edges=None)
     for one in circuit.mask, mask:
         effect = prune.importance(task, one)

@@ -377,8 +377,7 @@ def test_a_prompt_is_traced_and_asked_about(brief, capsys, monkeypatch):
     with pytest.raises(sg.UserError, match="exceed the context"):
         prune.activations(model, 999 * "a")
 
-def test_tasks_of_ones_own_are_listed_and_known_to_workers(brief, capsys, monkeypatch):
-    monkeypatch.setattr(tasks, "added", [])
+def test_tasks_of_ones_own_are_listed_and_known_to_workers(brief, capsys):
     write_circuit()
     write({"own.py": b"def mine(w): return ('if a', ' =', ''), ('a', ' +', '')\n"})
     out = ran(capsys, "--model model.npz --tasks own.py")
@@ -389,13 +388,11 @@ def test_tasks_of_ones_own_are_listed_and_known_to_workers(brief, capsys, monkey
 def known_tasks(_):
     return list(tasks.TASKS)
 
-def test_the_readmes_python_runs(capsys, monkeypatch):
+def test_the_readmes_python_runs(capsys):
     """Every block, one after the other; the checkpoint of theirs holds many windows of text."""
     Path("docs").symlink_to(HERE / "docs")
     names, blocks = {}, re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"),
                                    re.S)
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))  # what a block adds is gone afterwards
-    monkeypatch.setattr(sg, "ACTIVATIONS", dict(sg.ACTIVATIONS))
     for block in blocks:
         exec(block, names)
     assert len(blocks) >= 3 and "trained in" in capsys.readouterr().out
@@ -446,8 +443,7 @@ def test_predictions_are_counted_for_both_sides(brief, capsys):
     less = every.without([prune.node_number("h1.neuron.5", model.cfg)])
     for flags, nodes, mask in ("", frozen, circuit.mask), (" --set h1.neuron.5=1.5", set_to, less):
         out = ran(capsys, f"cue --model model.npz --predict p.txt{flags}")
-        lines, both = out.splitlines()[-len(rows) - 3:-3], []
-        for (prompt, *answers), line in zip(rows, lines):
+        for (prompt, *answers), line in zip(rows, out.splitlines()[-len(rows) - 3:-3]):
             one, said = prune.own_prompt(model, prompt, answers[:2]), []
             for values, kept in (frozen, every), (nodes, mask):
                 logits = slow_logits(model, values, one, kept)[:, :257].astype(float)
@@ -458,16 +454,11 @@ def test_predictions_are_counted_for_both_sides(brief, capsys):
             assert found[:6] == pytest.approx(said, abs=0.0051) and line.startswith(prompt)
             assert line.count("hit") == sum(x > 0 for x in (said[2], said[5]))
             assert found[6:] == pytest.approx([said[5] - said[2]] * bool(flags), abs=0.051)
-            both.append((said[2], said[5]))
-        full, own = np.array(both).T
-        assert f"hits: full model {sum(full > 0)} of 4, " in out and f" {sum(own > 0)};" in out
-        same = sum((full > 0) == (own > 0))
-        assert f"agree on {same} of 4, {same / 4:.0%} (95% " in out
-        assert f"margins {np.corrcoef(full, own)[0, 1]:.2f}\n" in out
-        right = sum([full[0] < 0, full[1] > 0])
-        assert f"; correct Python {right} of 2\n" in out
+    assert predict.totals([(2, 1, True), (-2, 1), (3, 2, False), (-3, -4)], "circuit") == [
+        "hits: full model 2 of 4, circuit 3; correct Python 1 of 2", "full model and circuit agree"
+        " on 3 of 4, 75% (95% interval 30% to 95%); correlation of their margins 0.75"]
 
-def test_the_included_predictions_can_be_asked(monkeypatch):
+def test_the_included_predictions_can_be_asked():
     """Each file belongs to a task, and every prompt of it fits the included model."""
     model = sg.load_model(HERE / "docs/long.npz")
     paths = sorted(HERE.glob("docs/near/*.txt"))
@@ -499,25 +490,17 @@ def test_a_prompt_is_explained_beside_the_full_model(brief, capsys):
         assert own == pytest.approx(example["values"][name][0], abs=0.0051)
         assert full == pytest.approx(seen[site][:, int(channel)], abs=0.0051)
 
-def test_the_importance_of_a_node_in_the_model_is_what_its_deletion_costs(cues):
-    """It is printed, and the suggested --ablate takes the largest; older files go without it."""
-    task, circuit = cue_task(), found_circuit()
-    few, every = task.judged.rows(np.arange(8)), prune.every_node(task.model.cfg)
-
-    def loss(*nodes):
-        logits = slow_logits(task.model, task.frozen_values, few, every.without(nodes))
-        return prune.logistic(prune.margins(logits, few))
-    found = {node["name"]: node["in_model"] for node in circuit.report["nodes"]}
-    assert found == pytest.approx({name: loss(prune.node_number(name, task.model.cfg)) - loss()
-                                   for name in found}, abs=1e-4)
-    assert f"--ablate {max(found, key=found.get)}" in prune.next_commands(circuit)
-    assert f", model {max(found.values()):6.3f} " in prune.listing(circuit)
-    old = [{key: x for key, x in node.items() if key != "in_model"}
-           for node in circuit.report["nodes"]]
-    old = dataclasses.replace(circuit, report=dict(circuit.report, nodes=old))
-    largest = max(old.report["nodes"], key=lambda node: node["importance"])["name"]
-    assert f"--ablate {largest}" in prune.next_commands(old) and ", model " not in (
-        prune.listing(old, True))
+def test_the_most_important_node_in_the_model_is_suggested_to_ablate(cues):
+    """Its importance there is printed; older files go without it."""
+    new = found_circuit()
+    old = dataclasses.replace(new, report=json.loads(json.dumps(new.report)))
+    for node in old.report["nodes"]:
+        del node["in_model"]
+    for circuit, key in (new, "in_model"), (old, "importance"):
+        largest = max(circuit.report["nodes"], key=lambda node: node[key])
+        assert f"--ablate {largest['name']}" in prune.next_commands(circuit)
+        said = re.findall(r", model +(\S+) ", prune.listing(circuit, True))
+        assert said == [f"{n['in_model']:.3f}" for n in new.report["nodes"]] * (circuit is new)
 
 
 # ---- comparisons --------------------------------------------------------------------------------
