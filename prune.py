@@ -293,8 +293,7 @@ def search(task, progress, seed=0, to_clean=True):
 
 def training_target(target, full):
     """The loss that masks are trained to, for a target and the full model's loss: midway. Masks
-    that are trained to nearly the target end over it about half of the time. Their ranking may
-    then need all nodes, and differs more between seeds: see docs/defaults.md. A control, whose
+    that are trained to nearly the target often end over it: see docs/defaults.md. A control, whose
     full model is over the target, is treated like a task that the model does perfectly."""
     return (target + (full if full < target else 0)) / 2
 
@@ -437,7 +436,7 @@ def bisect(order, good, guess=0):
 
 def rank_by_attribution(task):
     """Nodes by the estimated loss increase if each is removed: gradient x (activation - frozen
-    value). Learned masks are compared with this baseline (paper Figure 31)."""
+    value), the paper's baseline for learned masks (Figure 31)."""
     nodes, rng = every_node(task.model.cfg).nodes, np.random.default_rng(0)
     increase = sum(-gradient(task.model, part, nodes, task.values_for(part, rng))[1] * len(index)
                    for index, part in task.pool.parts())
@@ -514,10 +513,10 @@ def importance(task, mask):
 
 
 def importance_in_model(task, nodes):
-    """{node: the full model's loss if it alone is deleted, less its own} of some nodes, on a
-    quarter of the prompts."""
-    every, few = every_node(task.model.cfg), slice(len(task.judged.last) // 8 * 2 or None)
-    runner = PlainRunner(task.model, task.frozen_values, task.judged.rows(few))
+    """{node: the full model's loss if it alone is deleted, less its own} of some nodes."""
+    quarter = task.judged.rows(slice(len(task.judged.last) // 8 * 2 or None))  # whole pairs
+    runner = PlainRunner(task.model, task.frozen_values, quarter)
+    every = every_node(task.model.cfg)
     full = logistic(runner.margins(every))
     return {int(n): logistic(runner.margins(every.without([n]))) - full for n in nodes}
 
@@ -611,12 +610,6 @@ def node_number(name, cfg):
     return part.start + int(channel)
 
 
-def nodes_named(name, cfg):
-    """The node of a name as [number]; of a head, as h1.head.5, its q, k and v channels."""
-    heads = {f"h{i}.head.{j}": own for (i, j), own in heads_of(every_node(cfg), cfg).items()}
-    return heads[name] if name in heads else [node_number(name, cfg)]
-
-
 # A matrix whose weights are edges: its bias, and the node numbers of its rows and of its columns.
 Wires = namedtuple("Wires", "bias source target")
 
@@ -656,8 +649,7 @@ def every_node(cfg):
 
 
 def kept_edges(mask, params, cfg):
-    """{matrix: bool [in, out]} of the nonzero weights between two kept nodes that are not
-    deleted."""
+    """{matrix: bool [in, out]} of the nonzero weights between two kept nodes, if not deleted."""
     out = {}
     for name, m in matrices(cfg).items():
         out[name] = sg.to_host(params[name]) != 0
@@ -778,8 +770,7 @@ def observe(model, ids, at=None, hook=None):
 
 
 def mean_activations(model, ids):
-    """The mean of every node over all tokens of ids [n, T], by node, in the full model with its
-    AbsTopK (paper A.5)."""
+    """The mean of every node of the full model over all tokens of ids [n, T] (paper A.5)."""
     def sums(i):
         total = np.zeros(n_nodes(model.cfg))
         for site, x in observe(model, ids[i:i + 4])[1].items():
@@ -852,8 +843,7 @@ def attention_weights(cache, block):
 # ---- running a circuit --------------------------------------------------------------------------
 
 def delete_weights(w, b, frozen_values, deleted):  # [in, out], [out], [in], bool [in, out]
-    """(w, b) of a matrix with some weights deleted: they are 0, and what they give for frozen
-    inputs is in the bias."""
+    """(w, b) without some weights: what these give for frozen inputs is in the bias."""
     gone = w * deleted
     return w - gone, b + frozen_values @ gone
 
@@ -936,8 +926,7 @@ class FastRunner(PlainRunner):
                 *qkv, p.get(h + "attn.sink"), p.get(h + "attn.relbias"), 1, cfg.d_head)[0])
 
     def sliced(self, mask, h, name, columns):
-        """(w [in, columns], b) of a matrix, without the weights of deleted nodes and edges: see
-        `delete_weights`."""
+        """`delete_weights` of some columns of a matrix, for the deleted nodes and edges."""
         m, kept = matrices(self.model.cfg)[h + name], mask.nodes[node_slices(
             self.model.cfg)[h + sg.MATRICES[name].reads], None]
         # Frozen values of heads still pass through attention.
@@ -948,8 +937,7 @@ class FastRunner(PlainRunner):
                               self.frozen_values[m.source], deleted)
 
     def live_channels(self, mask, h):
-        """Bool [C]: the channels of a block's live heads; at least one head, as attention needs
-        one."""
+        """Bool [C]: the channels of a block's live heads: at least one, as attention needs it."""
         cfg, wires = self.model.cfg, matrices(self.model.cfg)[h + self.out]
         q, k, v = (mask.nodes[node_slices(cfg)[h + site]] for site in HEADS)
         compared = max(x.sum() for x in (q, k, v)) > cfg.n_active(cfg.d_model)
@@ -1125,8 +1113,7 @@ class Circuit:
             if name not in ("threads", "out"))
 
     def logits(self, model, prompts):
-        """Its logits at the deciding positions of Prompts, [n, V]. Raises UserError on a model
-        that is not its own."""
+        """Its logits at the deciding positions of Prompts [n, V], in the model that is its own."""
         if not self.is_of(model):
             raise sg.UserError(f"the circuit of {self.task} is of another model")
         values = ModelContext(model, self.settings.ablation).frozen_values
@@ -1223,8 +1210,7 @@ def check_held_out(circuit):
 
 
 def check_restored(task, mask):
-    """Two checks on fresh draws of other nodes, a fifth of their shares at a time: beside the
-    circuit, on search and on held-out prompts; and without the circuit."""
+    """Two checks on fresh draws of other nodes: beside the circuit, and without it."""
     nothing, by_share = CircuitMask(np.zeros_like(mask.nodes)), []
     for i, (kept, prompts) in enumerate(((mask, task.judged), (mask, task.held),
                                          (nothing, task.judged))):
@@ -1268,8 +1254,8 @@ def check_necessity(task, mask):
 
 
 def check_interchange(task, mask):
-    """In the full model, the circuit's nodes take the values of the pair's other prompt, beside
-    as many random nodes at the same sites; on held-out prompts."""
+    """In the full model nodes take the values of the pair's other prompt: the circuit's, or as
+    many random ones at the same sites."""
     model, rng = task.model, np.random.default_rng(4)
     pairs_seen = seen_pairs(model, task.held)
     own = np.concatenate([margin for _, margin, _ in pairs_seen])
@@ -1286,8 +1272,7 @@ def check_interchange(task, mask):
 
 
 def check_recall(task, mask, n=20, candidates=60):
-    """How many of the full model's most important nodes are in the circuit: each of the first by
-    attribution is deleted alone."""
+    """How many of the full model's most important nodes are in it: each is deleted alone."""
     effect = importance_in_model(task, rank_by_attribution(task)[:candidates])
     top = sorted(effect, key=effect.get, reverse=True)[:n]
     missing = [node_name(node, task.model.cfg) for node in top if not mask.nodes[node]]
@@ -1401,8 +1386,7 @@ def extremes(model, values, ids, n=4):
 
 
 def node_readings(context, task, nodes):
-    """[{"task": extremes, "text": extremes}] of some nodes in the full model: on the task's
-    prompts and on training text."""
+    """[{"task": `extremes` on the task's prompts, "text": on training text}] of some nodes."""
     model, pool, out = context.model, task.pool, [{} for _ in nodes]
     for kind, ids, valid in (("task", pool.ids, pool.inside()), ("text", model.text, True)):
         parts = (ids[i:i + 4] for i in range(0, len(ids), 4))  # small, as all nodes are recorded
@@ -1904,18 +1888,6 @@ def prune_all(context, settings, folder, seeds, workers, log=print):
         log(f"wrote {Path(folder, 'summary.html')}, which shows all of them")
 
 
-def node_and_value(text):
-    """(name, value) of a node to set, from "h0.neuron.504=4.4"."""
-    name, _, value = text.partition("=")
-    try:
-        if abs(float(value)) <= 1e9:  # NaN is not; larger numbers overflow
-            return name, float(value)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text[:60]!r} is not NODE=VALUE, with a value from -1e9 to "
-                                     "1e9")
-
-
 def make_parser():
     """The flags. Those that are not given are absent from the result."""
     parser = sg.Parser(description="Prune a trained model to the circuit of a task.")
@@ -1935,26 +1907,24 @@ def make_parser():
     parser.add_argument("--answers", nargs=2, metavar="ANSWER", type=sg.prompt_text,
                         help="with --ask or --trace: the two to compare")
     modes = parser.add_mutually_exclusive_group()
-    for name, text in (("show", "print a saved circuit, by its file or its task"),
-                       ("check", "compute a saved circuit's losses again")):
-        modes.add_argument(f"--{name}", metavar="FILE", help=text)
-    modes.add_argument("--explain", nargs="?", metavar="PROMPT", type=sg.prompt_text, help="print "
-                       "the values of the saved circuit's nodes on its prompts, or on PROMPT")
-    modes.add_argument("--trace", metavar="PROMPT", type=sg.prompt_text, help="the paths through "
-                       "the full model that make it prefer its likeliest token after PROMPT; no "
-                       "task is needed")
-    modes.add_argument("--predict", metavar="FILE", help="what the full model and the saved "
-                       "circuit answer to the prompts of a file, as docs/near/var_if.txt")
     change = parser.add_mutually_exclusive_group()  # a mode, or part of --ask or --predict
-    for group, name, metavar, kind, text in (
-            (modes, "ask", "PROMPT", sg.prompt_text,
-             "what the full model and the saved circuit answer"),
-            (change, "set", "NODE=VALUE", node_and_value, "run the full model with a node frozen, "
-             "on the task or on the prompts of --ask or --predict"),
-            (change, "ablate", "NODE", str,
-             "the same at its mean; of a head, as h1.head.5: all of it")):
-        group.add_argument(f"--{name}", action="append", type=kind, metavar=metavar,
-                           help=f"{text}; may be repeated")
+    prompt, file = dict(metavar="PROMPT", type=sg.prompt_text), dict(metavar="FILE")
+    for group, name, options, text in (
+            (modes, "show", file, "print a saved circuit, by its file or its task"),
+            (modes, "check", file, "compute a saved circuit's losses again"),
+            (modes, "explain", dict(prompt, nargs="?"), "print the values of the saved circuit's "
+             "nodes on its prompts, or on PROMPT"),
+            (modes, "trace", prompt, "the paths through the full model that make it prefer its "
+             "likeliest token after PROMPT; no task is needed"),
+            (modes, "predict", file, "what the full model and the saved circuit answer to the "
+             "prompts of a file, as docs/near/var_if.txt"),
+            (modes, "ask", dict(prompt, action="append"), "what the full model and the saved "
+             "circuit answer; may be repeated"),
+            (change, "set", dict(metavar="NODE=VALUE", action="append"), "run the full model with "
+             "a node frozen, on the task, --ask or --predict; may be repeated"),
+            (change, "ablate", dict(metavar="NODE", action="append"), "the same at its mean; of a "
+             "head, as h1.head.5: all of it; may be repeated")):
+        group.add_argument(f"--{name}", help=text, **options)
     return parser
 
 
@@ -2026,8 +1996,7 @@ def act(argv):
     if mode == "search":
         return act_search(given, model, settings)
     questions, answers = sg.extra("questions", "no questions are answered"), given.get("answers")
-    values = given.get("set", [(name, None) for name in given.get("ablate", ())])
-    values = {n: value for name, value in values for n in nodes_named(name, model.cfg)}
+    values = questions.nodes_to_change(given.get("set", ()), given.get("ablate", ()), model.cfg)
     print("\n".join(
         sg.extra("predict", "no predictions are tested").predict(
             circuit, model, given["predict"], values, given.get("contexts", 8), settings.seed)

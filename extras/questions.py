@@ -9,6 +9,7 @@ does. The command line is that of prune.py:
 Every question returns lines of text.
 """
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,6 +95,23 @@ def ask(circuit, model, texts, answers=None, values=None):
 
 
 # ---- of a model ---------------------------------------------------------------------------------
+
+def nodes_to_change(settings, names, cfg):
+    """{node number: value, or None for its mean}, of --set, as h0.neuron.504=4.4, and of --ablate:
+    nodes, and heads, as h1.head.5, with all their q, k and v channels. Raises UserError."""
+    heads = {f"h{i}.head.{head}": nodes
+             for (i, head), nodes in prune.heads_of(prune.every_node(cfg), cfg).items()}
+    found = [(name, None) for name in names]
+    for text in settings:
+        name, _, value = text.partition("=")
+        with suppress(ValueError):
+            if abs(float(value)) <= 1e9:  # NaN is not; larger numbers overflow
+                found.append((name, float(value)))
+                continue
+        raise sg.UserError(f"--set {text[:60]!r} is not NODE=VALUE, with a value from -1e9 to 1e9")
+    return {node: value for name, value in found
+            for node in heads.get(name) or [prune.node_number(name, cfg)]}
+
 
 def changed(model, values):
     """(values by node, CircuitMask) of the full model with nodes frozen at values, {node number:
