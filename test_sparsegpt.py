@@ -12,7 +12,6 @@ import doctest
 import errno
 import functools
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -35,7 +34,7 @@ from pathlib import Path
 import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, assume, example, given, reject, settings
+from hypothesis import HealthCheck, Phase, example, given, reject, settings
 from hypothesis import strategies as st
 
 import prune
@@ -315,7 +314,9 @@ def test_an_error_planted_in_any_op_is_caught(name, i, change, monkeypatch):
         check_model([Phase.generate], n_layer=1, sink=True, positions="relative", afrac=0.5,
                     act="gelu")
 
-@pytest.mark.parametrize("factor, status", [(1, 0), (1.01, 1), (math.nan, 1)])
+@pytest.mark.parametrize("backend, factor, status", [
+    ("numpy", 1, 0), ("strict", 1, 0), ("cupy", 1, 0), ("numpy", 1.01, 1), ("numpy", math.nan, 1)],
+    indirect=["backend"])
 def test_gradcheck_checks_the_config_it_is_given(backend, factor, status, capsys, monkeypatch):
     """And can fail. A third activation is one line of one table, whose name --act takes."""
     monkeypatch.setattr(sg, "use_device", quiet)  # the backend stays
@@ -759,10 +760,6 @@ def test_command_line_of_tasks_shows_or_refuses(line, said, capsys):
 
 # ---- training and checkpoints -------------------------------------------------------------------
 
-def at_step(step, act):
-    """A log that calls `act` when training reports a step."""
-    return lambda line: act() if re.match(rf" *{step}( +\S+){{6}}$", line) else None
-
 @pytest.fixture
 def slow_clock(monkeypatch):
     """Each look at the clock is 50 seconds later, so that a run saves itself at each report."""
@@ -777,8 +774,11 @@ def test_a_resumed_run_equals_a_whole_one(prose, backend, dtype, act, stops, slo
     whole = sg.train(tiny(dtype=dtype, out="whole.npz"), log=quiet)
     cfg, handler = tiny(dtype=dtype, out="cut.npz"), signal.getsignal(signal.SIGINT)
     for i, stop in enumerate(stops):
+        def log(line):
+            if re.match(rf" *{stop}( +\S+){{6}}$", line):  # the report of this step
+                act()
         with pytest.raises((KeyboardInterrupt, ZeroDivisionError), match="--resume|division"):
-            sg.train(cfg, i > 0, at_step(stop, act))
+            sg.train(cfg, i > 0, log)
         assert signal.getsignal(signal.SIGINT) is handler
         assert sg.partial_path(cfg.out).exists() and not Path(cfg.out).exists()
     before, text = files(), Path(prose).read_text()
@@ -1370,12 +1370,12 @@ def test_sparsegpt_alone_in_a_folder_is_whole(prose):
 
 SOURCES = {path.relative_to(HERE).as_posix(): ast.parse(path.read_text())
            for path in [*HERE.glob("*.py"), *HERE.glob("extras/*.py")]}
-IMPORTS = ast.Import, ast.ImportFrom
 
 def imported(nodes):
     """The top-level names of the modules that some nodes import."""
-    return {name.split(".")[0] for node in nodes if isinstance(node, IMPORTS) for name in (
-        [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])}
+    return {name.split(".")[0] for node in nodes for name in (
+        [alias.name for alias in node.names] if isinstance(node, ast.Import) else
+        [node.module] if isinstance(node, ast.ImportFrom) else [])}
 
 def test_files_import_in_one_direction_and_extras_are_called_late():
     """tasks <- sparsegpt <- prune <- extras, and docs/ is only read. Each program names each of
@@ -2030,7 +2030,6 @@ def test_what_is_said_of_the_known_circuit_is_true(cues):
     less = circuit.mask.without([prune.node_number("h1.neuron.5", model.cfg)])
     assert not prune.check_resampled(task, less)["passed"]
 
-NODE = r"\b(?:h\d+\.(?:attn_in|q|k|v|attn_out|mlp_in|neuron|mlp_out)|final)\.\d+"
 NASTY = "</script><b>\"&' \\\ud800"
 
 def links_of(report):

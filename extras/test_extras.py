@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import re
 import shlex
 import shutil
@@ -30,11 +29,12 @@ import tasks
 from extras import compare, draw, predict, questions
 from extras.stand_in import StrictModule
 from test_sparsegpt import (
-    FEW, HERE, NASTY, NODE, NODES, SEEDS, assert_refused, brief, clean, configs, ctrl_c, cue,
+    FEW, HERE, NASTY, NODES, SEEDS, assert_refused, brief, clean, configs, ctrl_c, cue,
     cue_task, cues, dev, drawn_mask, files, found_circuit, links_of, logits_of, named, page,
-    program, quiet, ran, run_main, slow_logits, wired, write, write_circuit)
+    program, ran, run_main, slow_logits, wired, write, write_circuit)
 
 __all__ = ["brief", "clean", "cues"]  # fixtures
+NODE = r"\b(?:h\d+\.(?:attn_in|q|k|v|attn_out|mlp_in|neuron|mlp_out)|final)\.\d+"
 
 
 # ---- drawings -----------------------------------------------------------------------------------
@@ -434,18 +434,17 @@ def test_a_wrong_file_of_predictions_is_one_line(brief, capsys, said, text):
 def test_predictions_are_counted_for_both_sides(brief, capsys):
     """Every number of a line is that of the model, of the circuit, and of the changed model."""
     write_circuit()
-    rows = [("<ab=", "x", "y", "y"), (">ab=", "y", "x", "y"), ("cab=", "x", "y"),
-            ("ab<=", "y", "x")]
+    rows = [("<ab=", "x", "y", "y"), (">ab=", "y", "x"), ("cab=", "x", "y"), ("ab<=", "y", "x")]
     write({"p.txt": "\n".join(map("\t".join, rows)).encode()})
     model, circuit = wired(), found_circuit()
     frozen, every = prune.ModelContext(model).frozen_values, prune.every_node(model.cfg)
-    set_to = np.where(np.arange(368) == prune.node_number("h1.neuron.5", model.cfg), 1.5, frozen)
-    less = every.without([prune.node_number("h1.neuron.5", model.cfg)])
-    for flags, nodes, mask in ("", frozen, circuit.mask), (" --set h1.neuron.5=1.5", set_to, less):
+    node = prune.node_number("h1.neuron.5", model.cfg)
+    changed = np.where(np.arange(368) == node, 1.5, frozen), every.without([node])
+    for flags, *other in ("", frozen, circuit.mask), (" --set h1.neuron.5=1.5", *changed):
         out = ran(capsys, f"cue --model model.npz --predict p.txt{flags}")
         for (prompt, *answers), line in zip(rows, out.splitlines()[-len(rows) - 3:-3]):
             one, said = prune.own_prompt(model, prompt, answers[:2]), []
-            for values, kept in (frozen, every), (nodes, mask):
+            for values, kept in (frozen, every), other:
                 logits = slow_logits(model, values, one, kept)[:, :257].astype(float)
                 p, margin = np.exp(logits[0] - np.logaddexp.reduce(logits[0])), (
                     prune.margins(logits, one)[0])
@@ -454,7 +453,8 @@ def test_predictions_are_counted_for_both_sides(brief, capsys):
             assert found[:6] == pytest.approx(said, abs=0.0051) and line.startswith(prompt)
             assert line.count("hit") == sum(x > 0 for x in (said[2], said[5]))
             assert found[6:] == pytest.approx([said[5] - said[2]] * bool(flags), abs=0.051)
-    assert predict.totals([(2, 1, True), (-2, 1), (3, 2, False), (-3, -4)], "circuit") == [
+        assert "; correct Python 0 of 1\n" in out  # as the first line's last field has it
+    assert predict.totals([(2, 1), (-2, 1, False), (3, 2, False), (-3, -4)], "circuit") == [
         "hits: full model 2 of 4, circuit 3; correct Python 1 of 2", "full model and circuit agree"
         " on 3 of 4, 75% (95% interval 30% to 95%); correlation of their margins 0.75"]
 
