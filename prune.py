@@ -1259,10 +1259,11 @@ def check_interchange(task, mask):
     model, rng = task.model, np.random.default_rng(4)
     pairs_seen = seen_pairs(model, task.held)
     own = np.concatenate([margin for _, margin, _ in pairs_seen])
-    flips, drops = zip(*(((own > 0) & (swapped < 0), own - swapped) for swapped in (
-        interchanged(model, pairs_seen, nodes) for nodes in (
-            mask.nodes, *(random_like(mask.nodes, rng, model.cfg) for _ in range(4))))))
-    flips, drops = ([x.sum() / (own > 0).sum() for x in flips], [x.mean() for x in drops])
+    flips, drops = [], []
+    for nodes in mask.nodes, *(random_like(mask.nodes, rng, model.cfg) for _ in range(4)):
+        swapped = interchanged(model, pairs_seen, nodes)
+        flips.append((swapped[own > 0] < 0).mean())
+        drops.append((own - swapped).mean())
     passed = flips[0] >= 0.9 if mask.nodes.any() else None
     return verdict("interchange", passed, "full model with the circuit's nodes as on the pair's "
                    f"other prompt, held-out: {flips[0]:.0%} of its answers flip, the margin of "
@@ -1893,23 +1894,22 @@ def make_parser():
     parser = sg.Parser(description="Prune a trained model to the circuit of a task.")
     parser.add_argument("task", nargs="?", help="a task's name, or all; without: list them")
     add_settings(parser, ABLATIONS)
-    parser.add_argument("--verbose", action="store_true", help="print all that was found: stages, "
-                        "checks, every node with the tokens at which it is high and low")
-    for name, kind, text in (
-            ("model", str, "checkpoint (default out/sparse.npz, else docs/long.npz)"),
-            ("out", str, "folder for circuits (default circuits)"),
-            ("tasks", str, "a Python file with tasks of one's own, as docs/my_tasks.py"),
-            ("runs", int, "mask trainings in a search, 1 to 9 (default 1)"),
-            ("pairs", int, "prompt pairs in a step of mask training (default 8)"),
-            ("seeds", int, "searches that are compared (default 2)"),
-            ("contexts", int, "with --predict: contexts of each prompt (default 8)")):
-        parser.add_argument(f"--{name}", type=kind, help=text)
-    parser.add_argument("--answers", nargs=2, metavar="ANSWER", type=sg.prompt_text,
-                        help="with --ask or --trace: the two to compare")
     modes = parser.add_mutually_exclusive_group()
     change = parser.add_mutually_exclusive_group()  # a mode, or part of --ask or --predict
-    prompt, file = dict(metavar="PROMPT", type=sg.prompt_text), dict(metavar="FILE")
+    number, file = dict(type=int), dict(metavar="FILE")
+    prompt = dict(metavar="PROMPT", type=sg.prompt_text)
     for group, name, options, text in (
+            (parser, "verbose", dict(action="store_true"), "print all that was found: stages, "
+             "checks, every node with the tokens at which it is high and low"),
+            (parser, "model", {}, "checkpoint (default out/sparse.npz, else docs/long.npz)"),
+            (parser, "out", {}, "folder for circuits (default circuits)"),
+            (parser, "tasks", {}, "a Python file with tasks of one's own, as docs/my_tasks.py"),
+            (parser, "runs", number, "mask trainings in a search, 1 to 9 (default 1)"),
+            (parser, "pairs", number, "prompt pairs in a step of mask training (default 8)"),
+            (parser, "seeds", number, "searches that are compared (default 2)"),
+            (parser, "contexts", number, "with --predict: contexts of each prompt (default 8)"),
+            (parser, "answers", dict(nargs=2, metavar="ANSWER", type=sg.prompt_text), "with --ask "
+             "or --trace: the two to compare"),
             (modes, "show", file, "print a saved circuit, by its file or its task"),
             (modes, "check", file, "compute a saved circuit's losses again"),
             (modes, "explain", dict(prompt, nargs="?"), "print the values of the saved circuit's "
@@ -1942,8 +1942,8 @@ def settings_of(given):
     """The Settings of parsed flags. Raises UserError on a value out of range."""
     if not 1 <= given.get("seeds", 1) <= 100:
         raise sg.UserError(f"--seeds must be from 1 to 100, not {given['seeds']}")
-    names = given.keys() & {"target", "ablation", "runs", "pairs", "restore", "seed"}
-    return Settings(**{name: given[name] for name in names})
+    names = (field.name for field in dataclasses.fields(Settings))
+    return Settings(**{name: given[name] for name in names if name in given})
 
 
 MODES = ("show", "check", "explain", "trace", "predict", "ask", "set", "ablate")  # the first given
