@@ -1650,26 +1650,30 @@ def next_commands(circuit, flags="", out=""):
 
 def summary(rows):
     """The table of all tasks, as text. rows: {task: (its Circuit or None, why there is none)}."""
-    names = "full circuit held-out nodes edges without nonsense inverted shuffled".split()
-    lines, sizes = [f"{'task':<28}" + "".join(f"{name:>10}" for name in names)], []
+    names = "full held-out others without flips nodes edges nonsense inverted shuffled".split()
+    lines, sizes = [f"{'task':<28}" + "".join(f"{name:>9}" for name in names)], []
     for task, (circuit, text) in rows.items():
         if circuit:
             r, checks = circuit.report, {c["name"]: c for c in circuit.report["checks"]}
-            full, own, size = r["losses"]["full"], r["losses"]["circuit"], r["size"]
-            sizes.append([max(1, size["nodes"]), max(1, size["edges"])])
-            cells = [full["search"]["binary"], own["search"]["binary"], own["held"]["binary"],
-                     size["nodes"], size["edges"], checks["necessity"].get("loss", math.nan)]
-            cells += ["-" if checks[name]["passed"] is None else
-                      amount(checks[name]).removesuffix(" edges") for name in CONTROLS]
-            text = "".join(f"{x:>10.3f}" if isinstance(x, float) else f"{x:>10}" for x in cells)
+            sizes.append([max(1, r["size"]["nodes"]), max(1, r["size"]["edges"])])
+            cells = [f"{r['losses'][which][split]['binary']:.3f}"
+                     for which, split in (("full", "search"), ("circuit", "held"))]
+            cells += ["-" if checks[name]["passed"] is None else amount(checks[name]).split()[0]
+                      for name in ("others restored", "necessity", "interchange")]
+            cells += [r["size"]["nodes"], r["size"]["edges"], *(
+                "-" if checks[name]["passed"] is None else amount(checks[name]).split()[0]
+                for name in CONTROLS)]
+            text = "".join(f"{x:>9}" for x in cells)
         lines.append(f"{task:<28}{'' if circuit else '  '}{text}")
     means = [geometric_mean(column) for column in zip(*sizes)] or [0, 0]
     return "\n".join([
         *lines, "{} circuits: geometric mean {:.1f} nodes, {:.1f} edges (0 counts as 1)".format(
             len(sizes), *means),
-        "full, circuit: binary losses in nats on the search prompts; held-out: the circuit's on "
-        "other prompts",
-        "without: the full model's loss without the circuit's nodes",
+        "full: binary loss in nats of the full model on the search prompts; the circuit's: held-out: "
+        "on other prompts;",
+        "others: beside restored nodes; without: the full model's loss without the circuit's nodes",
+        "flips: answers of the full model that flip if the circuit's nodes are as on the pair's "
+        "other prompt",
         "nonsense, inverted, shuffled: edges that the same search needs for the controls"])
 
 
