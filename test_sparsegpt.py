@@ -1107,7 +1107,7 @@ def fill_disk(monkeypatch, spare, kind=sg.UserError):
         real(path, fill)
     monkeypatch.setattr(sg, "write_whole", write)
 
-@pytest.mark.parametrize("kind", [sg.UserError, RuntimeError, RecursionError, KeyError])
+@pytest.mark.parametrize("kind", [sg.UserError, KeyError])
 @pytest.mark.parametrize("spare", [True, False])
 def test_a_full_disk_costs_no_training(prose, spare, kind, slow_clock, capsys, monkeypatch):
     """An automatic save that fails is said once, and tried again. The last one goes elsewhere,
@@ -2110,8 +2110,7 @@ PRUNING = {
     "text.txt": [f"{x} text.txt" for x in ("cue --model", "--check", "cue --out", "cue --tasks")],
     "--set": [f"cue --set h1.neuron.5={x}" for x in ("x", "nan", "1e39")], "cue": ["ceu"],
     "not a file": ["cue --model=pipe", "cue --model=", "--check=pipe.json", "--show=pipe.json"],
-    "no such file": ["cue --tasks pipe", "cue --tasks ."], "--model": ["cue --model"],
-    "--target": [f"cue --target {x}" for x in ("0", "nan", "5", "x")],
+    "--model": ["cue --model"], "--target": [f"cue --target {x}" for x in ("0", "nan", "5", "x")],
     "--ablation": ["cue --ablation foo", "cue --ablation resample"], "--seeds": ["cue --seeds 0"],
     "context": ["endless", "long_if_held_out", f"cue --ask < --ask {99 * '<'}"],
     "not allowed with": ["cue --ask < --explain"], "unrecognized": ["cue wide --explain"],
