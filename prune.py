@@ -1669,9 +1669,8 @@ def summary(rows):
     return "\n".join([
         *lines, "{} circuits: geometric mean {:.1f} nodes, {:.1f} edges (0 counts as 1)".format(
             len(sizes), *means),
-        "full: the full model's binary loss in nats on the search prompts. The circuit's: held-out, "
-        "on other prompts;",
-        "others, beside restored nodes. without: the full model's loss without the circuit",
+        "full: binary loss in nats of the full model; without: the same without the circuit's nodes",
+        "held-out, others: the circuit's loss on other prompts, and beside restored nodes",
         "flips: answers of the full model that flip if the circuit's nodes are as on the pair's "
         "other prompt",
         "nonsense, inverted, shuffled: edges that the same search needs for the controls"])
