@@ -1669,7 +1669,7 @@ def summary(rows):
     return "\n".join([
         *lines, "{} circuits: geometric mean {:.1f} nodes, {:.1f} edges (0 counts as 1)".format(
             len(sizes), *means),
-        "full: binary loss in nats of the full model; without: the same without the circuit's nodes",
+        "full: binary loss in nats of the full model; without: the same without the circuit",
         "held-out, others: the circuit's loss on other prompts, and beside restored nodes",
         "flips: answers of the full model that flip if the circuit's nodes are as on the pair's "
         "other prompt",
