@@ -127,8 +127,7 @@ def intervene(model, task, values, settings):
     prompts = prune.make_prompts(model, task, settings.search_pairs, settings.seed)
     frozen, mask = changed(model, values)
     runner = prune.PlainRunner(model, frozen, prompts)
-    margins = [prune.margins(runner.logits(kept), prompts)
-               for kept in (prune.every_node(model.cfg), mask)]
+    margins = [runner.margins(kept) for kept in (prune.every_node(model.cfg), mask)]
     lines = [f"full model on {len(prompts.last)} prompts of {task}, unchanged and changed:"]
     lines += [f"    loss {prune.logistic(m):.4f}, accuracy {(m > 0).mean():.1%}" for m in margins]
     for sign, right, wrong in ((1, "first", "second"), (-1, "second", "first")):
@@ -325,7 +324,7 @@ def deletions(model, prompt, tree, printed, difference):
     runner, rows = prune.PlainRunner(model, means, prompt), []
     for name, amount in taken.items():
         mask = every.without([prune.node_number(name, cfg)])
-        rows.append((amount, difference - prune.margins(runner.logits(mask), prompt)[0]))
+        rows.append((amount, difference - runner.margins(mask)[0]))
     if len(rows) < 3:
         return ["too few nodes to check"]
     return [f"check: over these {len(rows)} nodes, amounts (beyond the nodes' means) and what "
