@@ -396,7 +396,7 @@ def test_the_readmes_python_runs(capsys):
                                    re.S)
     for block in blocks:
         exec(block, names)
-    assert len(blocks) >= 3 and "trained in" in capsys.readouterr().out
+    assert len(blocks) >= 2 and "trained in" in capsys.readouterr().out
     assert len({row.tobytes() for row in names["model"].text}) > 30
 
 
@@ -558,7 +558,8 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys, mon
 def test_resampled_values_are_those_of_other_text(brief, capsys):
     """Of every site and position. They change what a circuit computes, and not the full model."""
     task, frozen, every = cue_task(ablation="resample"), cue_task(), prune.every_node(wired().cfg)
-    shapes, (_, part) = {x.shape for x in task.runner.values[0].values()}, task.runner.parts[0]
+    _, part, values, _ = task.runner.parts[0]
+    shapes = {x.shape for x in values.values()}
     assert shapes == set(itertools.product((part.ids.size, len(part.last)), (16, 64)))
     half = prune.CircuitMask(np.arange(368) % 2 > 0)
     assert abs(task.loss(half) - frozen.loss(half)) > 1e-3
