@@ -1664,13 +1664,15 @@ def summary(rows):
                 "-" if checks[name]["passed"] is None else amount(checks[name]).split()[0]
                 for name in CONTROLS)]
             text = "".join(f"{x:>9}" for x in cells)
-        lines.append(f"{task:<28}{'' if circuit else '  '}{text}")
+        alone = circuit and circuit.settings.restore < 1
+        lines.append(f"{task + ' *' * bool(alone):<28}{'' if circuit else '  '}{text}")
     means = [geometric_mean(column) for column in zip(*sizes)] or [0, 0]
     return "\n".join([
         *lines, "{} circuits: geometric mean {:.1f} nodes, {:.1f} edges (0 counts as 1)".format(
             len(sizes), *means),
         "full: binary loss in nats of the full model; without: the same without the circuit",
         "held-out, others: the circuit's loss on other prompts, and beside restored nodes",
+        "*: searched with --restore under 1, so that a circuit need not hold beside all shares",
         "flips: answers of the full model that flip if the circuit's nodes are as on the pair's "
         "other prompt",
         "nonsense, inverted, shuffled: edges that the same search needs for the controls"])
