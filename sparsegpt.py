@@ -278,7 +278,7 @@ def cross_entropy_backward(dout, cache):  # [N] -> [N, V]
 class Site(NamedTuple):
     """A hook point of a block. Its channels are the nodes of circuits (paper A.1, A.5)."""
     width: int      # channels, in multiples of d_model
-    link: str = ""  # reads: the residual stream; adds: to it; or the site whose channels it has
+    link: str = ""  # "reads" the stream, "adds" to it, or the site whose channels it takes over
 
 
 class Matrix(NamedTuple):
