@@ -1487,7 +1487,7 @@ the residual stream, to which tokens and blocks add. ␣ a space. Deleted: froze
 importance: the loss if this node is deleted too, less the circuit's; model: the
 full model's loss if this node alone is deleted, less its own. values: on
 the two prompts, at the token (from the end) where they differ most; of final at the last one."""
-CHECKS_HEAD = """checks (a circuit's loss passes up to twice the target, one without it from 0.35 nats),
+CHECKS_HEAD = """checks (a circuit's loss passes up to twice the target, one without it from 0.35),
 then the same search where there should be no circuit"""
 
 
