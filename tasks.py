@@ -515,7 +515,7 @@ def add_file(path):
     part of training text. Raises TaskError if it has none, or one of a known name."""
     try:
         if not os.path.isfile(path):  # a pipe may never end
-            raise OSError("it is missing, or no file")
+            raise OSError("there is no such file, or it is a pipe or folder")
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:  # it is the user's own program
         raise TaskError(f"--tasks {path}: {type(e).__name__}: {e}") from e
