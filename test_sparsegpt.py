@@ -2130,7 +2130,7 @@ PRUNING = {
 COMPARING = {
     "FILE": [""], "none.npz": ["none.npz"], "cue": ["model.npz --tasks ceu"],
     "one of 0.3": ["model.npz --target 0.4"], "--ablation": ["model.npz --ablation foo"],
-    "--runs": ["model.npz --runs 2"], "tokenizers": ["model.npz tokens.npz"]}
+    "--runs": ["model.npz --runs 2"], "other text": ["model.npz tokens.npz"]}
 
 @pytest.mark.parametrize("main, said, line", [
     (main, said, line) for main, mistakes in ((prune.main, PRUNING), (compare.main, COMPARING))

@@ -3,8 +3,8 @@
     python -m extras.compare out/dense.npz out/sparse.npz [--tasks var_if for_while]
 
 Run it from the repository's root. One model gives its sizes alone. circuits/compare.json keeps
-finished rows; compare.html shows the result. Models that differ only in their seeds are pooled. A
-size is that of the smallest circuit by rank: every nonzero weight between its nodes counts.
+finished rows. Models that differ only in their seeds are pooled. A size is that of the smallest
+circuit by rank: every nonzero weight between its nodes counts.
 """
 import signal
 import sys
@@ -12,8 +12,6 @@ from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while the modules load
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python extras/compare.py
 import dataclasses
 import functools
 import json
@@ -21,14 +19,12 @@ import math
 import os
 import time
 from collections import Counter, defaultdict
-from statistics import geometric_mean
 
 import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
 import numpy as np
 
 import prune
 import tasks
-from extras import draw
 
 SWEEP = (0.5, 0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.02, 0.01)  # target losses, in nats
 AIMS = (0.15, 0.05)  # targets that masks are trained for
@@ -83,7 +79,7 @@ def compare_one(contexts, settings, targets, job):
         if ranked is not None:
             row["by_attribution"].append(dict(point, edges=task.size(ranked)[1]))
         if target == settings.target:
-            # Trials by resampling take too long; `prune.clean` leaves large circuits as they are.
+            # Trials by resampling take too long, and large circuits stay as they are.
             if settings.ablation != "resample" and edges <= prune.TOO_LARGE:
                 cleaned = prune.clean(task, mask, lambda *_: None, progress)
                 row["cleaned"] = dict(zip(("nodes", "edges"), task.size(cleaned)))
@@ -95,56 +91,42 @@ def compare_one(contexts, settings, targets, job):
 # ---- several models -----------------------------------------------------------------------------
 
 def compare(contexts, settings, targets, path, workers, names, log=print):
-    """Prune the named tasks in all models alike and report size against loss. path: compare.json;
-    what it has of these models or others is kept. Raises UserError if it is of other settings."""
+    """Prune the named tasks in all models alike and report size against loss. path: compare.json,
+    whose rows of these models or others are kept. Raises UserError if it is of other settings."""
     began, prints = time.perf_counter(), [context.fingerprint for context in contexts]
     head = dict(settings=dataclasses.asdict(settings), targets=[*targets], aims=[*AIMS])
-    rows, known = read(path, head) if path.exists() else ([], {})
-    models, corpora = [], {}
-    for context in contexts:  # before the work: the text may have changed
-        cfg, model = context.model.cfg, context.fingerprint
-        own = dict(name=cfg.out, model=model, kind=kind_of(cfg), seed=cfg.seed)
-        found = known.get(model) or facts(context.model, corpora)
-        models.append(own | found | own)  # a known one may have another name now
-        known[model] = models[-1]
-
-    def save():
-        sg.write_text(path, json.dumps({**head, "models": [*known.values()], "rows": rows}))
-
+    rows = read(path, head) if path.exists() else []
+    models = facts(contexts)  # before the work: the text may have changed
     finished = {(row["model"], row["task"]) for row in rows}
     jobs = [(prints.index(model), task) for task in names for model in dict.fromkeys(prints)
             if (model, task) not in finished]
     one = functools.partial(compare_one, contexts, settings, targets)
     for n, row in enumerate(prune.on_cores(one, jobs, workers, in_order=False), 1):
         rows.append(row)
-        save()
+        sg.write_text(path, json.dumps({**head, "models": models, "rows": rows}))
         left = (time.perf_counter() - began) / n * (len(jobs) - n)
         edges = edges_of(row, "points", settings.target)
         log(f"{n:>3} of {len(jobs)}  {contexts[prints.index(row['model'])].model.cfg.out:<20} "
             f"{row['task']:<27} {'no' if edges is None else edges} edges; {sg.clock(left)} left")
-    save()
-    text, page = result(by_kind(models), [row for row in rows if row["task"] in names],
-                        settings.target)
-    log(text)
-    sg.write_text(path.with_suffix(".html"), page)
-    log(f"wrote {path} and .html")
+    log(comparison(by_kind(models), [row for row in rows if row["task"] in names],
+                   settings.target))
 
 
 def read(path, head):
-    """(rows, {fingerprint: facts of a model}) of a compare.json. Raises UserError if it is of
-    other settings than head, or not a comparison."""
+    """The rows of a compare.json. Raises UserError if it is of other settings than head, or not a
+    comparison."""
     try:
         saved = json.loads(sg.read_bytes(path))
-        rows, known = saved["rows"], {m["model"]: m for m in saved["models"]}
-        # What cannot be shown must not end a comparison after hours.
-        result([[m] for m in known.values()], rows, head["settings"]["target"])
+        rows = saved["rows"]
+        if any(row.keys() != {"model", "task", *EMPTY} for row in rows):
+            raise ValueError("its rows are others")
         other = any(saved[key] != value for key, value in head.items())
     except Exception as e:  # it may be damaged in any way
         raise sg.UserError(f"{path} exists but is not a comparison ({type(e).__name__}: {e}); "
                            "choose another --out") from e
     if other:
         raise sg.UserError(f"{path} is of other settings: choose another --out, or delete it")
-    return rows, known
+    return rows
 
 
 def kurtosis(model, ids):
@@ -155,18 +137,22 @@ def kurtosis(model, ids):
     return float(np.median((x ** 4).mean(0) / (x ** 2).mean(0) ** 2)) if x.size else math.nan
 
 
-def facts(model, corpora):
-    """What the tables say of a model. corpora: those that were read, as that takes long."""
-    cfg = model.cfg
-    data = cfg.data, cfg.max_mb, cfg.idioms > 0, cfg.late, cfg.vocab_size
-    if data not in corpora:
-        corpora[data] = sg.load_corpus(cfg, lambda line: None)
-    if corpora[data].tok.merges != model.tok.merges:
-        raise sg.UserError(f"{cfg.out} was trained on another text than --data {cfg.data} now")
-    loss, streams = sg.evaluate(model.params, corpora[data].val, cfg, 256)
-    return dict(d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=loss, **streams,
-                kurtosis=kurtosis(model, model.text[:16]), nonzero=sum(
-                    int((model.params[name] != 0).sum()) for name in prune.matrices(cfg)))
+def facts(contexts):
+    """What the tables say of the models, which were trained on the same text."""
+    cfg, out = contexts[0].model.cfg, []
+    corpus = sg.load_corpus(cfg, lambda line: None)
+    for context in contexts:
+        model, cfg = context.model, context.model.cfg
+        if model.tok.merges != corpus.tok.merges:
+            raise sg.UserError(f"{cfg.out} was trained on other text than the first model, or "
+                               f"than --data {cfg.data} now")
+        loss, streams = sg.evaluate(model.params, corpus.val, cfg, 256)
+        out.append(dict(
+            name=cfg.out, model=context.fingerprint, kind=kind_of(cfg), seed=cfg.seed,
+            d_model=cfg.d_model, density=cfg.density, afrac=cfg.afrac, loss=loss, **streams,
+            kurtosis=kurtosis(model, model.text[:16]),
+            nonzero=sum(int((model.params[name] != 0).sum()) for name in prune.matrices(cfg))))
+    return out
 
 
 def kind_of(cfg):
@@ -185,18 +171,6 @@ def by_kind(models):
 
 
 # ---- tables -------------------------------------------------------------------------------------
-
-def result(kinds, rows, target):
-    """(text, HTML page) of the comparison of models. kinds: see `by_kind`."""
-    text = comparison(kinds, rows, target)
-    curves = {kind[0]["name"]: {
-        f"{row['task']} {i or ''}": {p["target"]: max(1, p["edges"]) for p in row["points"]}
-        for i, m in enumerate(kind) for row in rows
-        if row["model"] == m["model"] and row["points"]} for kind in kinds}
-    return text, draw.document(
-        "Circuits compared", "<p>Edges: nonzero weights between two kept nodes, not cleaned.</p>",
-        plot(curves) if all(curves.values()) else "", f"<pre>{draw.lines_of(text)}</pre>")
-
 
 def edges_of(row, which, target):
     """The edges of a row's circuit, or None. which: "points", "by_attribution" or "cleaned"."""
@@ -293,41 +267,6 @@ def comparison(kinds, rows, target):
     return "\n".join(out)
 
 
-def plot(curves):
-    """SVG: edges by target loss, both logarithmic, of {name: {task: {target: edges}}}. Thin lines
-    are tasks; a bold line is the geometric mean of the tasks that all curves reach."""
-    targets = sorted({t for by_task in curves.values() for line in by_task.values() for t in line})
-    common = {t: set.intersection(*({task for task, line in by_task.items() if t in line}
-                                    for by_task in curves.values())) for t in targets}
-    lines, looks = [], ("pos", "neg", "") * len(curves)
-    for look, (name, by_task) in zip(looks, curves.items()):
-        lines += [(look, 1, 0.35, f"{name} {task}", line) for task, line in by_task.items()]
-        means = {t: geometric_mean(by_task[task][t] for task in common[t])
-                 for t in targets if common[t]}
-        lines.append((look, 3, 1, f"{name}: geometric mean", means))
-    edges = sorted(n for *_, line in lines for n in line.values())
-    marks = [m * 10 ** e for e in range(9) for m in (1, 2, 5)]
-    marks = [m for m in marks if edges[0] / 2.5 < m < edges[-1] * 2.5]
-    x, y = ({v: round(start + length * math.log(v / axis[0]) / (math.log(axis[-1] / axis[0]) or 1))
-             for v in [*axis, *edges]}
-            for axis, start, length in ((targets, 70, 500), (marks, 320, -290)))
-    out = ['<h2>Edges at each target loss</h2><svg width="640" height="400">']
-    out += [f'<path opacity=".4" d="M{x[t]} 320v-290"/><text x="{x[t]}" y="340">{t:g}</text>'
-            f'<text x="{x[t]}" y="356" class="mute">{len(common[t])}</text>' for t in targets]
-    out += [f'<path opacity=".4" d="M70 {y[m]}h500"/><text x="46" y="{y[m] + 4}">{m}</text>'
-            for m in marks]
-    for look, wide, opacity, name, line in lines:
-        way = "L".join(f"{x[t]} {y[line[t]]}" for t in targets if t in line)
-        out.append(f'<path class="{look}" stroke-width="{wide}" opacity="{opacity}" d="M{way}">'
-                   f"<title>{draw.visible(name)}</title></path>")
-    for i, (look, name) in enumerate(zip(looks, curves)):
-        out.append(f'<path class="{look}" stroke-width="3" d="M{80 + 200 * i} 16h24"/><text y="20"'
-                   f' x="{110 + 200 * i}" style="text-anchor:start">{draw.visible(name)}</text>')
-    out.append('<text x="46" y="20">edges</text><text x="320" y="380">target loss, and the number '
-               "of tasks that all models reach at it (bold: their mean)</text></svg>")
-    return "".join(out)
-
-
 # ---- command line -------------------------------------------------------------------------------
 
 def act(argv):
@@ -335,7 +274,7 @@ def act(argv):
     parser = sg.Parser(description="Compare the sizes of circuits in several models.")
     parser.add_argument("models", nargs="+", metavar="FILE", help="checkpoints")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all")
-    parser.add_argument("--out", help="folder for compare.json and .html (default circuits)")
+    parser.add_argument("--out", help="folder for compare.json (default circuits)")
     parser.add_argument("--targets", nargs="+", type=float, choices=SWEEP, metavar="LOSS",
                         help="some of the ten target losses, which takes less time")
     parser.add_argument("--data", default=sg.Config.data, help="what the models were trained on "
@@ -355,8 +294,6 @@ def act(argv):
     models = [sg.load_model(model) for model in given["models"]]
     if other := [m.cfg for m in models if m.cfg.data != given["data"]]:  # no file decides it
         raise sg.UserError(f"{other[0].out} was trained on --data {other[0].data}: name it")
-    if any(m.tok.merges != models[0].tok.merges for m in models):
-        raise sg.UserError("the models have different tokenizers: they were trained on other text")
     kinds = by_kind([dict(kind=kind_of(m.cfg), seed=m.cfg.seed) for m in models])
     if len(kinds) > 8 or len({1, *map(len, kinds)}) > 2:
         raise sg.UserError("give at most 8 models, one or equally many seeds of each; these have "

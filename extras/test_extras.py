@@ -534,7 +534,6 @@ def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys, mon
     assert len(ratios) == 6 and all(a == b and c == "1.00" for a, b, c in ratios)
     [row] = [row for row in json.loads(path.read_text())["rows"] if row["task"] == "cue"]
     assert row["cleaned"]["edges"] == 6 and f"{row['full']:.3f}" in out
-    page("c/compare.html")
     again = run(line)
     assert again == out[out.index("\n    model"):]
     other = wired()
