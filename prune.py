@@ -1905,7 +1905,7 @@ def make_parser():
     modes = parser.add_mutually_exclusive_group()
     change = parser.add_mutually_exclusive_group()  # a mode, or part of --ask or --predict
     number, file = dict(type=int), dict(metavar="FILE")
-    prompt = dict(metavar="PROMPT", type=sg.prompt_text)
+    prompt = dict(metavar="PROMPT")
     for group, name, options, text in (
             (parser, "verbose", dict(action="store_true"), "print all that was found: stages, "
              "checks, every node with the tokens at which it is high and low"),
@@ -1916,7 +1916,7 @@ def make_parser():
             (parser, "pairs", number, "prompt pairs in a step of mask training (default 8)"),
             (parser, "seeds", number, "searches that are compared (default 2)"),
             (parser, "contexts", number, "with --predict: contexts of each prompt (default 8)"),
-            (parser, "answers", dict(nargs=2, metavar="ANSWER", type=sg.prompt_text), "with --ask "
+            (parser, "answers", dict(nargs=2, metavar="ANSWER"), "with --ask "
              "or --trace: the two to compare"),
             (modes, "show", file, "print a saved circuit, by its file or its task"),
             (modes, "check", file, "compute a saved circuit's losses again"),

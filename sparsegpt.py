@@ -78,12 +78,12 @@ class Config:
     idioms: float = flag(0.9, "share of the sequences drawn from generated idioms")
     seed: int = flag(0, "of initialisation, batches and samples")
 
-    data: str = "stdlib"  # the texts of these are in Part II, see MORE_FLAGS
-    late: int = 1
-    max_mb: float = 0.0
-    threads: int = 0
-    out: str = "out/sparse.npz"
-    dtype: str = "float32"
+    data: str = flag("stdlib", "files or folders, with commas; stdlib: Python's library")
+    late: int = flag(1, "how many times as often idioms show tasks that are learned late")
+    max_mb: float = flag(0.0, "read about this many megabytes of each source; 0: all")
+    threads: int = flag(0, "threads; 0: one a core. The result does not depend on it")
+    out: str = flag("out/sparse.npz", "checkpoint; --dense, --long and --quick name others")
+    dtype: str = flag("float32", "float64 is for checks")
 
     def __post_init__(self):
         check_config(self)
@@ -624,8 +624,7 @@ def sample(model, prompt="", n=200, temperature=0.8, seed=0):
 
 import argparse
 import ctypes
-import difflib
-import errno
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -656,12 +655,6 @@ RANGES = dict(n_layer=(1, 99), n_ctx=(2, 1 << 16), vocab_size=(257, 1 << 16), st
               late=(1, 9), seed=(0, 1 << 31), threads=(0, 1 << 10), afrac=(1e-9, 1),
               density=(1e-9, 1), lr=(1e-9, 1e3), eps=(1e-12, 1e3), beta1=(0, 0.999999),
               beta2=(0, 0.999999), weight_decay=(0, 1e3), max_mb=(0, 1e6))
-MORE_FLAGS = dict(
-    data="files or folders, with commas; stdlib: Python's library",
-    late="how many times as often idioms show tasks that are learned late",
-    max_mb="read about this many megabytes of each source; 0: all",
-    threads="threads; 0: one a core. The result does not depend on it",
-    out="checkpoint; --dense, --long and --quick name others", dtype="float64 is for checks")
 
 
 def choices(name):
@@ -1123,11 +1116,10 @@ def train_on(corpus, cfg, path, resume, log):
     flat, m, v, start = starting_state(cfg, path, resume, corpus.digest)
     text = draw_batch(corpus.train, np.random.default_rng(0), 64, cfg.n_ctx, cfg.idioms)[0]
     model, losses, every = Model(views(flat, cfg), cfg, corpus.tok, text), [], cfg.steps // 40 or 1
-    print_sizes(cfg, log)
-    log(f"from step {start} of {cfg.steps}; ln(vocabulary) is {math.log(cfg.vocab_size):.4f}\n"
+    log(f"{n_params(cfg):,} parameters; from step {start} of {cfg.steps}; ln(vocabulary) is "
+        f"{math.log(cfg.vocab_size):.4f}\n"
         f"{'step':>6} {'loss':>7} {'val':>7} {'density':>8} {'lr':>8} {'tok/s':>8} {'left':>6}")
     began = saved = line = time.perf_counter()
-    warned = False
     with interrupts_noted() as interrupts:
         for step, loss in training_steps(flat, m, v, start, corpus.train, cfg):
             done, stopped = step + 1, anywhere(interrupts)
@@ -1138,9 +1130,8 @@ def train_on(corpus, cfg, path, resume, log):
                 continue
             losses = np.array([float(x) for x in losses])
             if not np.isfinite(losses).all():
-                bad = done - len(losses) + int(np.argmin(np.isfinite(losses))) + 1
-                raise FloatingPointError(f"the loss is not finite at step {bad}: most likely --lr "
-                                         f"{cfg.lr:g} is too high; {cfg.out} is as it was")
+                raise FloatingPointError(f"the loss is not finite before step {done}: most likely "
+                                         f"--lr {cfg.lr:g} is too high; {cfg.out} is as it was")
             now, current = time.perf_counter(), annealed_config(step, cfg)
             val, _ = evaluate(model.params, corpus.val, current, 32)
             log(f"{done:>6} {losses.mean():7.4f} {val:7.4f} "
@@ -1159,27 +1150,15 @@ def train_on(corpus, cfg, path, resume, log):
                     f"--data {shlex.quote(cfg.data)} --out {shlex.quote(cfg.out)}")
             try:
                 save_model(partial_path(path), state)
-                saved, warned = time.perf_counter(), False
+                saved = time.perf_counter()
             except UserError as e:
-                if not warned:
-                    log(f"{e}; the run goes on, and tries again")
-                warned = True
+                log(f"{e}; the run goes on, and tries again")
         save_or_aside(save_model, path, model)
         partial_path(path).unlink(missing_ok=True)
         log(f"trained in {clock(time.perf_counter() - began)}; saved to {cfg.out}")
     if interrupts:
         raise KeyboardInterrupt(f"{cfg.out} is whole, and not scored")
     return model
-
-
-def print_sizes(cfg, log):
-    """Print how many weights every matrix keeps: its density x its size, or the floor of j."""
-    log(f"{n_params(cfg):,} parameters in {n_shards(cfg)} shards; weights that stay nonzero:")
-    for name, shape in filter(lambda item: is_matrix(item[0]), shapes(cfg).items()):
-        size, density = math.prod(shape), target_density(name, cfg)
-        k = n_nonzero(name, shape, cfg.steps, cfg)
-        log(f"{name:<16} {' x '.join(map(str, shape)):>12} {k:>9,} ({k / size:.4f})"
-            + f", not {density:.4f}: --min_per_neuron is a floor" * (k > density * size + 1))
 
 
 def print_results(model, val, log):
@@ -1190,13 +1169,12 @@ def print_results(model, val, log):
     start = "def" if model.cfg.idioms else ""
     if model.cfg.idioms:  # else the model need not have seen Python
         log(f"\n{'task':<28} {'binary':>8} {'full':>8} {'accuracy':>8}   100 pairs, unseen names")
-        scores, names = evaluate_tasks(model), tasks_module().TASKS
-        for name in names:
-            s = scores.get(name)
-            log(f"{name:<28} " + (f"{s.binary:8.4f} {s.full:8.4f} {s.accuracy:8.1%}" if s else
-                                  "not scored: no prompt is of use"))
+        scores, n = evaluate_tasks(model), len(tasks_module().TASKS)
+        for name, s in scores.items():
+            log(f"{name:<28} {s.binary:8.4f} {s.full:8.4f} {s.accuracy:8.1%}")
         low, most = (sum(s.binary < level for s in scores.values()) for level in (0.05, 0.15))
-        log(f"binary loss under 0.05 on {low}, under 0.15 on {most} of {len(names)} tasks")
+        log(f"binary loss under 0.05 on {low}, under 0.15 on {most} of {n} tasks"
+            + f"; {n - len(scores)} not scored: no prompt is of use" * (len(scores) < n))
     log(f"\nsample after {start!r}:\n    " + sample(model, start).replace("\n", "\n    "))
 
 
@@ -1334,18 +1312,17 @@ def write_whole(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path = path.resolve()  # a link stays
-        os.umask(umask := os.umask(0))
-        mode = path.stat().st_mode if path.exists() else 0o666 & ~umask
-        descriptor, temporary = tempfile.mkstemp(".unfinished", f".{path.name}.", path.parent)
+        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.unfinished")
         try:
-            with open(descriptor, "wb") as f:
+            with open(temporary, "xb") as f:
+                if path.exists():
+                    os.chmod(temporary, path.stat().st_mode)
                 write(f)
                 f.flush()
-                os.fsync(descriptor)
-            os.chmod(temporary, mode)
+                os.fsync(f.fileno())
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
     except (OSError, RuntimeError) as e:  # RuntimeError: a loop of links
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
@@ -1389,32 +1366,25 @@ def check_output(path):
 def locked(path):
     """Keep other processes from writing a file, or the files of a folder, and clear away what dead
     ones left unfinished. Raises UserError if a living process holds the lock, or it cannot be
-    had; a dead one's is free. Where there are no locks, a line on stderr says so."""
+    had; a dead one's is free."""
+    if path.is_dir():
+        folder, lock, name = path, path / ".lock", r".+\.(json|html|dot)"
+    else:
+        folder, lock = path.parent, path.with_name(f".{path.name}.lock")
+        name = re.escape(path.name) + r"(\.partial)?"
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    folder = path.is_dir()  # it is its own lock
-    lock = path if folder else path.with_name(f".{path.name}.lock")
-    mode = os.O_RDONLY | (0 if folder else os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        descriptor = os.open(lock, mode, 0o666)
-        if not (folder or lock.is_file()):
-            raise OSError(errno.EEXIST, "it is no file")
+        # Neither through a link, nor waiting at a pipe.
+        descriptor = os.open(lock, os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.fstat(descriptor).st_nlink:
             raise BlockingIOError  # its owner ends at this moment, and has just removed it
     except BlockingIOError as e:
         raise UserError(f"another process writes to {path}: wait, or choose another --out") from e
     except OSError as e:
-        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise UserError(f"cannot lock {path} by {lock}: {e.strerror or e}") from e
-        print(f"{path}: there are no locks here; run one program at a time", file=sys.stderr)
-    name = r".+\.(json|html|dot)" if folder else re.escape(path.name) + r"(\.partial)?"
+        raise UserError(f"cannot lock {path} by {lock}: {e.strerror or e}") from e
 
     def clear():
-        for left in (path if folder else path.parent).iterdir():
+        for left in folder.iterdir():
             if re.fullmatch(rf"\.{name}\.[a-z0-9_]{{8}}\.unfinished", left.name):
                 left.unlink(missing_ok=True)
 
@@ -1424,8 +1394,7 @@ def locked(path):
     finally:
         with suppress(OSError):  # the folder may be gone, or read-only by now
             clear()  # after workers that were stopped
-            if not folder:
-                lock.unlink()
+            lock.unlink()
         os.close(descriptor)
 
 
@@ -1439,7 +1408,7 @@ def signals_to(handler, then=None):
     afterwards to `then`, or as before. In other threads than the main one nothing changes."""
     former = {}
     if threading.current_thread() is threading.main_thread():
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 former[number] = signal.signal(number, handler)
     try:
@@ -1452,9 +1421,6 @@ def signals_to(handler, then=None):
 @contextmanager
 def signals_blocked():
     """Hold Ctrl-C and SIGHUP back for a while, and for good from processes that begin then."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
-        yield
-        return
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
@@ -1537,22 +1503,13 @@ def fraction(text):
     return float(top) / float(bottom or 1)
 
 
-def prompt_text(word):
-    """A prompt from the command line, which Python may have read in an encoding of its own."""
-    return os.fsencode(word).decode("utf-8", "surrogateescape")
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse with one line on stderr for a mistake, and the nearest flag."""
+    """argparse with one line on stderr for a mistake."""
 
     def __init__(self, **more):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **more)
 
     def error(self, message):
-        if "unrecognized" in message:
-            for word in re.findall(r"--\w+", message):
-                for near in difflib.get_close_matches(word, self._option_string_actions, 1):
-                    message += f" (did you mean {near}?)"
         raise UserError(f"{message}; see --help")
 
 
@@ -1583,8 +1540,6 @@ def command(name, act, argv, kept=""):
     except KeyboardInterrupt as e:
         status = 130
         complain("; ".join(["interrupted", *map(str, e.args), *filter(None, [kept])]))
-    except MemoryError:
-        complain("error: not enough memory; take a smaller model or batch")
     except (UserError, FloatingPointError, OSError,
             getattr(sys.modules.get("tasks"), "TaskError", UserError)) as e:
         complain(f"error: {e}")
@@ -1607,15 +1562,11 @@ def command(name, act, argv, kept=""):
 def extra(name, absent):
     """A module of extras/, beside this file. absent: what there is not without it. Raises a
     UserError that names the file which was expected."""
-    path = Path(__file__).resolve().with_name("extras") / f"{name}.py"
     try:
-        module = importlib.import_module(f"extras.{name}")
-        if Path(module.__file__).resolve() == path:
-            return module
-        found = f"Python finds {module.__file__}"
+        return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError as e:
-        found = e
-    raise UserError(f"{absent}: that needs {path}, but {found}")
+        path = Path(__file__).resolve().with_name("extras") / f"{name}.py"
+        raise UserError(f"{absent}: that needs {path} ({e})") from e
 
 
 # ---- checks and timings -------------------------------------------------------------------------
@@ -1718,14 +1669,13 @@ def make_parser():
         group = parser.add_argument_group(title).add_mutually_exclusive_group()
         for name, text in texts.items():
             group.add_argument(f"--{name}", action="store_true", help=text)
-    group.add_argument("--sample", metavar="PROMPT", type=prompt_text,
-                       help="continue PROMPT with the model --out")
+    group.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model --out")
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
             type=fraction if f.type is float else f.type,
             metavar="|".join(choices(f.name) or [f.type.__name__.upper()]))
-        text = f.metadata.get("help") or MORE_FLAGS[f.name]
-        parser.add_argument(f"--{f.name}", help=f"{text} (default {f.default})", **kind)
+        parser.add_argument(f"--{f.name}", **kind,
+                            help=f"{f.metadata['help']} (default {f.default})")
     return parser
 
 
@@ -1776,9 +1726,7 @@ def main(argv=None):
 
 
 # ---- the GPU ------------------------------------------------------------------------------------
-# On CuPy the ops of Part I run as they are, but for those that extras/gpu.py puts kernels for.
-plain_ops = []  # what puts the ops of Part I back in the place of kernels
-
+# On CuPy the ops of Part I run as they are, but for those that extras/gpu.py has kernels for.
 
 def use_device(name):
     """Choose the array module: "cpu" (NumPy) or "gpu" (CuPy). Returns a line that says what was
@@ -1786,8 +1734,6 @@ def use_device(name):
     global xp
     if name not in ("cpu", "gpu"):
         raise UserError(f"SPARSEGPT_DEVICE must be cpu or gpu, not {name!r}")
-    while plain_ops:
-        plain_ops.pop()()
     if name == "cpu":
         xp = np
         return f"device: CPU through NumPy {np.__version__}"
@@ -1801,7 +1747,7 @@ def use_device(name):
     if processes().rank:
         cupy.cuda.Device(processes().rank % cupy.cuda.runtime.getDeviceCount()).use()
     try:
-        plain_ops.append(extra("gpu", "there are no kernels").install(sys.modules[__name__]))
+        extra("gpu", "there are no kernels").install(sys.modules[__name__])
     except UserError as e:
         note = f"; {e}, and it is slower without them"
     return f"device: GPU through CuPy {cupy.__version__}{note}"
