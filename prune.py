@@ -1371,9 +1371,10 @@ def values_of(seen, nodes, cfg):
     return np.concatenate([sg.to_host(seen[site]) for site in node_slices(cfg)], 1)[:, nodes]
 
 
-def extremes(model, values, ids, n=4):
-    """{"high": [[text before, token, value]], "low": ...}: the tokens with the largest and the
-    smallest of values [B, T]. NaN marks positions that do not count."""
+def extremes(model, values, ids, n=5):
+    """{"high": [[text before, token, value, text after]], "low": ...}: the n tokens with the
+    largest and the smallest of values [B, T], each token once: else most rows would be of one, and
+    not show at what else a node is high. NaN marks positions that do not count."""
     out = {}
     for side, sign in (("high", -1), ("low", 1)):
         rows, order = {}, np.argsort(sign * values, axis=None, kind="stable")  # NaN comes last
@@ -1381,9 +1382,11 @@ def extremes(model, values, ids, n=4):
             if len(rows) == n or np.isnan(values[b, t]):
                 break
             if ids[b, t] not in rows:
-                before = "".join(token(model, i) for i in ids[b, max(0, t - 6):t])
-                value = round(float(values[b, t]), 4)
-                rows[ids[b, t]] = [before[-24:], token(model, ids[b, t]), value]
+                after = ids[b, t + 1:t + 5][~np.isnan(values[b, t + 1:t + 5])]
+                before, after = ("".join(token(model, i) for i in part)
+                                 for part in (ids[b, max(0, t - 6):t], after))
+                rows[ids[b, t]] = [before[-24:], token(model, ids[b, t]),
+                                   round(float(values[b, t]), 4), after[:12]]
         out[side] = list(rows.values())
     return out
 
@@ -1585,6 +1588,14 @@ def wire_texts(report, most=3):
     return before, after
 
 
+def reading_lines(node, kind):
+    """[line] of where a node of a report is highest and lowest, see `extremes`: its value, then
+    the [token] in its text. kind: "task" or "text"."""
+    return [line for side in ("high", "low") for line in packed([f"{kind} {side}", *(
+        f"{value:+.2f} {before[-12:]}[{sg.one_line(token, '␣')}]{''.join(after)[:6]}"
+        for before, token, value, *after in node[kind][side])])]  # older files: nothing after
+
+
 def head_block(head, verbose):
     """[line] of a head of a circuit: what it looks at."""
     fixed = "" if any(n.split(".")[1] == "q" for n in head["nodes"]) else (
@@ -1627,9 +1638,7 @@ def blocks(circuit, verbose):
             bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"
             block.append(f"    bias and frozen inputs {bias}, {circuit.settings.ablation} "
                          f"{node['mean']:+.3f}")
-            block += [f"    {kind} {side:<5}" + "   ".join(
-                f"{text}[{t}] {v:+.2f}" for text, t, v in node[kind][side][:3])
-                for kind, side in itertools.product(("task", "text"), ("high", "low"))]
+            block += reading_lines(node, "task") + reading_lines(node, "text")
         out.append(block)
     if minor and not verbose:
         out.append([f"and {len(minor)} of less than a tenth of the largest importance"])

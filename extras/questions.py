@@ -30,7 +30,7 @@ def frozen_values(circuit, model):
 def explain(circuit, model, text=None, columns=5):
     """The value of each of a circuit's nodes at each token of its pair of prompts; nodes that are
     alike on both are left out. Or of a prompt of one's own, beside the full model's, below what
-    both answer."""
+    both answer. Then where these nodes are highest and lowest in training text."""
     example, of_model = circuit.report["example"], None
     if text is None:
         lines = []
@@ -55,7 +55,11 @@ def explain(circuit, model, text=None, columns=5):
             f"{example['values'][name][p][t]:>8.2f}{of_model[name][t]:>8.2f}" if of_model else
             f"{example['values'][name][p][t]:>16.3f}" for name in some)
             for t, token in enumerate(example["prompts"][p])]
-    return lines if names else [*lines, "the circuit has no nodes"]
+    lines += ["", "where these are highest and lowest in training text, a row for each [token]"]
+    for node in circuit.report["nodes"]:
+        if node["name"] in names:
+            lines += [node["name"], *prune.reading_lines(node, "text")]
+    return lines if names else ["the circuit has no nodes"]
 
 
 def ask(circuit, model, texts, answers=None, values=None):

@@ -478,7 +478,8 @@ def test_a_prompt_is_explained_beside_the_full_model(brief, capsys):
         model, circuit.mask, prune.ModelContext(model).frozen_values,
         prune.own_prompt(model, "<ab="), {})[0]
     names = {}
-    for block in out.split("\n\n")[1:]:
+    *blocks, readings = out.split("\n\n")[1:]
+    for block in blocks:
         head, _, *rows = block.splitlines()
         columns = np.array([re.findall(r"[+-]?\d+\.\d\d", row) for row in rows]).astype(float)
         for i, name in enumerate(re.findall(NODE, head)):
@@ -488,6 +489,26 @@ def test_a_prompt_is_explained_beside_the_full_model(brief, capsys):
         site, _, channel = name.rpartition(".")
         assert own == pytest.approx(example["values"][name][0], abs=0.0051)
         assert full == pytest.approx(seen[site][:, int(channel)], abs=0.0051)
+    assert re.findall(NODE, readings) == circuit.nodes and max(map(len, out.splitlines())) < 100
+
+@given(SEEDS)
+def test_readings_are_the_extremes_of_distinct_tokens(seed):
+    """In their text, which ends where positions do not count; older files have none after."""
+    rng, model = np.random.default_rng(seed), wired()
+    ids, values = rng.integers(97, 103, (3, 20)), rng.permutation(60).reshape(3, 20) * 1.0
+    values[:, 15:] = np.nan
+    node = dict(text=prune.extremes(model, values, ids, 4))
+    for side, best in ("high", max), ("low", min):
+        of_token = [best(values[:, :15][ids[:, :15] == i]) for i in set(ids[:, :15].flat)]
+        rows = node["text"][side]
+        assert [row[2] for row in rows] == sorted(of_token, reverse=side == "high")[:4]
+        for before, token, value, after in rows:
+            [[b, t]] = np.argwhere(values == value)
+            text = model.tok.decode(ids[b, :15])
+            assert (before, token, after) == (text[max(0, t - 6):t], text[t], text[t + 1:t + 5])
+    new = "\n".join(prune.reading_lines(node, "text"))
+    old = {side: [row[:3] for row in rows] for side, rows in node["text"].items()}
+    assert "\n".join(prune.reading_lines(dict(text=old), "text")) == re.sub(r"\]\w*", "]", new)
 
 def test_the_most_important_node_in_the_model_is_suggested_to_ablate(cues):
     """Its importance there is printed; older files go without it."""
