@@ -219,61 +219,14 @@ def mismatch(f, grad, way, size):
         former = numeric
     reject()
 
-def op_case(name, rng):
-    """(op, inputs) of random shapes and options: op(*inputs) -> out, cache. Inputs that are left
-    out are None."""
-    B, T, H, D, N, C, V = map(int, rng.integers([1, 1, 1, 1, 1, 2, 2], [4, 10, 4, 5, 6, 9, 9]))
-    ids, x, cube = dev(rng.integers(0, V, (B, T))), randoms(rng, N, C), randoms(rng, 2, N, C)
-    k, left_out = int(rng.integers(1, C + 2)), rng.random(2) < 0.5
-    targets, act = dev(rng.integers(0, C, N)), rng.choice(sorted(sg.ACTIVATIONS))
-    op, inputs = {
-        "embedding": (functools.partial(sg.embedding, ids),
-                      [randoms(rng, V, C), randoms(rng, T + 2, C)]),
-        "rmsnorm": (sg.rmsnorm, [x / abs(x).max() * rng.choice([0.5, 1, 20])]),
-        "linear": (sg.linear, [x, randoms(rng, C, V), randoms(rng, V)]),
-        "abstopk": (lambda x: sg.abstopk(x, k), [x if left_out[0] else cube]),
-        "activation": (lambda x: sg.ACTIVATIONS[act](x), [x * rng.choice([0.1, 1, 4])]),
-        "attention": (lambda *five: sg.attention(*five, B, D), [
-            *randoms(rng, 3, B * T, H * D), randoms(rng, H), randoms(rng, H, T + 2)]),
-        "cross_entropy": (lambda x: sg.cross_entropy(x, targets), [3 * x])}[name]
-    optional = {"embedding": [1], "attention": [3, 4]}.get(name, [])
-    for i, out in zip(optional, left_out):
-        inputs[i] = None if out else inputs[i]
-    return op, inputs
-
-OPS = "embedding rmsnorm linear abstopk activation attention cross_entropy".split()
-
-@pytest.mark.parametrize("name", OPS)
-@given(seed=SEEDS)
-def test_backward_of_an_op_is_its_derivative(backend, name, seed):
-    """With a random cotangent. Neither changes what it is given."""
-    rng = np.random.default_rng(seed)
-    op, inputs = op_case(name, rng)
-
-    def run(inputs):
-        out, cache = op(*(given_x := [x if x is None else dev(x) for x in inputs]))
-        return host(out), cache, given_x
-    out, cache, given_x = run(inputs)
-    dout = randoms(rng, *out.shape)
-    grads = getattr(sg, f"{name}_backward")(given_dout := dev(dout), cache)
-    for before, after in zip([*inputs, dout], [*given_x, given_dout], strict=True):
-        assert before is after is None or np.array_equal(host(after), before)
-    grads = grads if isinstance(grads, tuple) else (grads,)
-    for i, (x, grad) in enumerate(zip(inputs, grads, strict=True)):
-        if x is not None:
-            way = randoms(rng, *x.shape)
-            assert grad.shape == x.shape
-            assert mismatch(
-                lambda t: (run([*inputs[:i], x + t * way, *inputs[i + 1:]])[0] * dout).sum(),
-                host(grad), way, abs(out * dout).sum()) < 1e-6
-
 def check_model(phases=settings.default.phases, **fixed):
-    """Fails unless every parameter's gradient is the derivative of the loss."""
+    """Fails unless every parameter's gradient is the derivative of the loss, or if one changed."""
     @given(cfg=configs(**fixed), seed=SEEDS, data=st.data())
     @settings(phases=phases)
     def check(cfg, seed, data):
         params, ids, targets = drawn(cfg, seed, data.draw(st.integers(1, cfg.n_ctx)))
-        loss, grads = sg.loss_and_grads(on_device(params), ids, targets, cfg)
+        loss, grads = sg.loss_and_grads(given_params := on_device(params), ids, targets, cfg)
+        assert same(given_params, params)
         assert float(loss) == pytest.approx(loss_of(params, ids, targets, cfg), rel=1e-12)
         assert list(grads) == list(params) == list(sg.shapes(cfg))
         rng = np.random.default_rng(seed)
@@ -293,7 +246,9 @@ def overwrite_rows(ids, rows, V):  # wrong: rows that share an id should add up
     return out
 
 # (function, i, change): what the function returns at i is changed; without i, what it is.
-PLANTS = [(f"{op}_backward", 0, lambda g: 1.01 * g) for op in [*OPS, "softmax"]]
+PLANTS = [(f"{op}_backward", 0, lambda g: 1.01 * g) for op in (
+    "embedding", "rmsnorm", "linear", "abstopk", "activation", "attention", "softmax",
+    "cross_entropy")]
 PLANTS += [
     ("linear_backward", 1, lambda dw: 1.01 * dw), ("linear_backward", 2, lambda db: 0 * db),
     ("attention_backward", 1, lambda dk: 1.01 * dk), ("attention_backward", 2, lambda dv: -dv),
@@ -364,18 +319,16 @@ def test_a_cache_that_no_backward_took_is_an_error(capsys, monkeypatch):
 
 # ---- the model ----------------------------------------------------------------------------------
 
-@given(shape=st.tuples(*[st.integers(1, 3)] * 2, st.integers(1, 9)), dtype=FLOATS, seed=SEEDS,
-       level=st.sampled_from([-1000, 0, 1000]), sink=st.sampled_from([-1000, 0, 1000, None]))
-@settings(max_examples=60)
-def test_softmax_equals_softmax_written_out(backend, shape, dtype, seed, level, sink):
+@given(seed=SEEDS, dtype=FLOATS, level=st.sampled_from([-1000, 0, 1000]),
+       sink=st.sampled_from([-1000, 0, 1000, None]))
+def test_softmax_equals_softmax_written_out(backend, seed, dtype, level, sink):
     """Also where exp would overflow, or all of a row underflow, without a shift."""
-    (B, H, T), rng = shape, np.random.default_rng(seed)
-    logits = (level + 3 * randoms(rng, B, H, T, T)).astype(dtype)
-    logits[..., np.triu(np.ones((T, T), bool), 1)] = -np.inf
-    own = None if sink is None else (sink + randoms(rng, H)).astype(dtype)
-    weights, cache = sg.softmax(dev(logits), None if own is None else dev(own))
-    own = np.broadcast_to(-np.inf if own is None else own[:, None, None], (B, H, T, 1))
-    z = np.concatenate([logits, own], axis=3).astype(float)
+    logits = (level + 3 * randoms(np.random.default_rng(seed), 2, 3, 5, 5)).astype(dtype)
+    logits[..., np.triu(np.ones((5, 5), bool), 1)] = -np.inf
+    own = np.full((2, 3, 5, 1), -np.inf if sink is None else sink)
+    weights, cache = sg.softmax(dev(logits), None if sink is None else dev(
+        own[0, :, 0, 0].astype(dtype)))
+    z = np.concatenate([logits, own], axis=3)
     expected = np.exp(z - np.logaddexp.reduce(z, 3, keepdims=True))
     assert np.allclose(np.concatenate([*map(host, cache)], axis=3), expected, 1e-5, 1e-7)
     assert np.array_equal(host(weights), host(cache[0]))
@@ -975,15 +928,12 @@ CONFIG, FIVE = dataclasses.asdict(tiny()), np.packbits(np.arange(sg.n_params(tin
     (dict(text=np.zeros((4, 9))), "ids must be"), (dict(text=np.zeros((1025, 8), int)), "text"),
     (dict(m=np.zeros(5)), "moments"),
     *((dict(values=values, nonzero=FIVE), said) for values, said in [
-        (np.zeros(4), "params"), (np.zeros(1), "params"), (np.full(5, np.nan), "finite"),
-        (np.zeros(5, "f4"), "float32")]),
+        (np.zeros(4), "params"), (np.full(5, np.nan), "finite"), (np.zeros(5, "f4"), "float32")]),
     *((dict(config=json.dumps({**CONFIG, name: value})), said) for name, value, said in [
-        ("d_head", 5, "d_head"), ("unknown", 5, "unknown"), ("n_layer", 1, "h1.attn.wqkv"),
-        ("n_layer", "2", "n_layer")]),
+        ("d_head", 5, "d_head"), ("unknown", 5, "unknown"), ("n_layer", 1, "h1.attn.wqkv")]),
     (dict(config="{"), "model.npz"), (dict(config="[]"), "model.npz"),
     (dict(shapes="[]"), "model.npz"), (dict(merges=np.array([[97, 257]])), "merge"),
     (dict(merges=np.array([[-1, 97]])), "merge"), (dict(merges=np.arange(3)), "model.npz"),
-    (dict(merges=np.array([[0.5, 1e9]])), "model.npz"),
     (dict(merges=np.array([[97, 97]] * 99)), "more tokens"),
     *(({name: np.array([Payload()], object)}, "allow_pickle")
       for name in ("format", "values", "config", "merges", "text")),
@@ -1122,27 +1072,27 @@ def test_a_full_disk_costs_no_training(prose, spare, kind, slow_clock, capsys, m
     assert all(same(sg.load_model(path).params, whole.params) for path in kept)
 
 @pytest.mark.parametrize("main, line, place", [
-    (sg.main, " ".join(flags()), "model.npz"),
     (sg.main, " ".join(flags(out="a/link")), "model.npz"),
-    (prune.main, "else_elif --model model.npz", "circuits")])
+    (prune.main, "else_elif --model model.npz", "circuits/cue.json")])
 def test_of_two_runs_that_write_the_same_files_one_is_refused(prose, main, line, place, capsys):
     """Also through a link. It touches nothing of the other's; what a dead one has left is in
     nobody's way, and is cleared away."""
     sg.save_model("model.npz", small_model(n_ctx=128))
     write({"a/x": b"", "circuits/x": b""})
     Path("a/link").symlink_to("../model.npz")
-    left = [Path(x) for x in (".model.npz.abc_defg.unfinished", ".model.npz.lock",
-                              ".model.npz.partial.abc_defg.unfinished")]
-    if place == "circuits":
-        left = [Path("circuits/.cue.json.abc_defg.unfinished")]
-    others = [".model.npz.2.abcdefgh.unfinished", "circuits/.b.unfinished", ".x.unfinished"]
-    with sg.locked(Path(place).resolve()):
-        write({path: b"the working run's" for path in left if "lock" not in path.name})
+    folder, name = os.path.split(place)
+    left = [Path(folder, f".{name}.abc_defg.unfinished")]
+    others = [Path(x) for x in (".model.npz.2.abcdefgh.unfinished", "circuits/.b.unfinished",
+                                ".x.unfinished")]
+    write({path: b"" for path in left + others})
+    with sg.locked(Path(folder or place).resolve()):
+        assert not left[0].exists()
+        write({left[0]: b"the working run's"})
         assert_refused(capsys, "another process writes", *line.split(), main=main)
-    write({path: b"" for path in left} | {other: b"" for other in others})
+    lock = Path("circuits/.lock" if folder else ".model.npz.lock")
+    write({path: b"" for path in (*left, lock)})
     assert main(line.split()) in (0, 2)  # no pair of prompts needs to be of use to this model
-    assert not any(path.exists() for path in left)
-    assert all(Path(other).exists() for other in others)
+    assert not left[0].exists() and not lock.exists() and all(map(Path.exists, others))
 
 def test_a_lock_hides_nothing():
     """The message of a run whose folder is gone at its end comes through."""
@@ -1172,17 +1122,15 @@ def test_without_stderr_the_work_is_done(prose):
         assert subprocess.run([*line, *more], stdout=subprocess.PIPE).returncode == status
     assert sg.load_model("model.npz").cfg == tiny(steps=3)
 
-def test_every_line_is_written_at_once():
+@given(text=st.text())
+def test_output_is_written_at_once_and_never_commands_a_terminal(text):
+    """What the stream's encoding lacks, too, is written out."""
     raw = io.BytesIO()
     stream = sg.Output(io.TextIOWrapper(io.BufferedWriter(raw), "ascii"))
-    print("line\x1b[2J", file=stream)
-    assert raw.getvalue() == rb"line\x1b[2J" + b"\n"
-
-@given(text=st.text())
-def test_control_characters_never_reach_a_terminal(text):
-    seen = sg.printable(text, "\n")
-    assert all(c.isprintable() or c == "\n" for c in seen)
-    assert seen == text or not text.replace("\n", "").isprintable()
+    print(text, file=stream)
+    seen = raw.getvalue().decode("ascii")
+    assert all(c.isprintable() or c in "\n\t" for c in seen)
+    assert seen == text + "\n" or not (text.isascii() and text.isprintable())
     assert sg.one_line(text).isprintable()
 
 @pytest.mark.skipif(not (shutil.which("mpirun") and importlib.util.find_spec("mpi4py")),
@@ -1206,23 +1154,20 @@ def test_processes_of_mpirun_train_as_one(prose):
 
 @pytest.mark.parametrize("line, said", [
     *((line, line.split()[0]) for line in (
-        "--density 0", "--density 1.5", "--density nan", "--density x", "--density 1/0",
-        "--n_ctx 1", "--vocab_size 100", "--vocab_size 65536", "--steps 0", "--act tanh",
-        "--batch_size 2.5", "--seed -1", "--lr inf", "--steps " + "9" * 5000, "--data short.txt",
-        "--anneal_end 0.2 --anneal_start 0.5", "--batch_size 9000", "--n_ctx 60000",
-        "--min_per_neuron 17")), ("--lr=--", "--lr"),
+        "--density 0", "--density nan", "--density x", "--density 1/0", "--vocab_size 65536",
+        "--act tanh", "--batch_size 2.5", "--lr inf", "--steps " + "9" * 5000, "--data short.txt",
+        "--anneal_end 0.2 --anneal_start 0.5", "--batch_size 9000", "--min_per_neuron 17")),
     *((f"--sample x --out {name}", name)
       for name in ("none.npz", "garbage.npz", "cut.npz", "hollow")),
     *((f"--resume --out {name}", said) for name, said in [
         ("none.npz", "no unfinished run"), ("cut.npz", "cut.npz.partial"),
-        ("run.npz", "not the state"), ("odd.npz", "not the state"),
-        ("run.npz --lr 1", "no --lr")]),
+        ("odd.npz", "not the state"), ("run.npz --lr 1", "no --lr")]),
     ("--densty 0.1", "unrecognized"), ("--d_head 5", "does not divide"),
     ("--data missing", "missing"), ("--data hollow", "no file"),
     ("--data binary", "not UTF-8"), ("--data prose.txt,,", "--data ''"),
     ("--out prose.txt/model.npz", "prose.txt"), ("--out hollow", "hollow"),
     *((f"--out={name}", "not the name of a file") for name in (
-        "hollow/", "new/", "model.npz/", "new/..", ".", "", "pipe", "/dev/null")),
+        "new/", "new/..", "", "pipe", "/dev/null")),
     *((f"--out={name}", "cannot write") for name in ("loop", "loop/x", 5000 * "a/" + "x")),
     ("--sample x --out pipe", "not a file"), (f"--out {'x' * 239}", "name too long"),
     *((f"--out {name}", "not a checkpoint") for name in (
@@ -1301,18 +1246,18 @@ def test_a_run_prints_its_scores(prose, n_ctx, idioms, capsys, monkeypatch):
     monkeypatch.setattr(sg, "IDIOM_BYTES", 30_000)
     out = ran(capsys, " ".join(flags(n_ctx=n_ctx, idioms=idioms)), sg.main)
     assert f"ln(vocabulary) is {math.log(280):.4f}" in out and "saved to model" in out
-    assert ("for_while" in out, "20 not scored" in out) == (n_ctx == 128, n_ctx == 8 and idioms > 0)
+    assert ("for_while" in out) == (n_ctx == 128)
+    assert ("20 not scored" in out) == (n_ctx == 8 and idioms > 0)
 
-def test_every_config_field_is_a_flag_with_help():
+def test_every_config_field_is_a_flag_with_help_and_a_preset_changes_defaults():
+    """What is given goes before the preset."""
     parser = sg.make_parser()
     assert vars(parser.parse_args([*flags(), "--density", "1/4"])) == {**CONFIG, "steps": 3}
     text = " ".join(parser.format_help().split())
     for field in dataclasses.fields(sg.Config):
         assert re.search(rf"--{field.name} .*?\w.*?\(default ", text)
-
-def test_a_preset_changes_the_defaults_and_what_is_given_changes_it():
     for name, preset in sg.PRESETS.items():
-        given_flags = vars(sg.make_parser().parse_args([f"--{name}", "--steps=9"]))
+        given_flags = vars(parser.parse_args([f"--{name}", "--steps=9"]))
         assert sg.configure(given_flags) == sg.Config(**{**preset, "steps": 9})
 
 def test_without_a_model_sample_takes_the_included_one(capsys, monkeypatch):
@@ -1350,41 +1295,40 @@ def test_sparsegpt_alone_in_a_folder_is_whole(prose):
 
 # ---- the source ---------------------------------------------------------------------------------
 
-SOURCES = {path.relative_to(HERE).as_posix(): ast.parse(path.read_text())
-           for path in [*HERE.glob("*.py"), *HERE.glob("extras/*.py")]}
-
-def imported(nodes):
-    """The top-level names of the modules that some nodes import."""
-    return {name.split(".")[0] for node in nodes for name in (
-        [alias.name for alias in node.names] if isinstance(node, ast.Import) else
-        [node.module] if isinstance(node, ast.ImportFrom) else [])}
+SOURCES = [path.relative_to(HERE).as_posix() for path in [*HERE.glob("*.py"),
+                                                         *HERE.glob("extras/*.py")]]
 
 def test_files_import_in_one_direction_and_extras_are_called_late():
     """tasks <- sparsegpt <- prune <- extras, and docs/ is only read. Each program names each of
     the extras in one place."""
     house = {"tasks", "sparsegpt", "prune", "extras", "docs"}
-    used = {name: imported(ast.walk(tree)) & house for name, tree in SOURCES.items()}
-    assert used["tasks.py"] == set() and used["sparsegpt.py"] == {"tasks"}
-    assert used["prune.py"] == {"tasks", "sparsegpt"}
-    assert not imported(SOURCES["sparsegpt.py"].body) & house  # late: in a function
-    assert not any("docs" in names for names in used.values())
+
+    def used(name, before=""):
+        text = (HERE / name).read_text()
+        found = re.findall(rf"^{before}(?:import|from) (\w+)(?:, (\w+))?", text, re.M)
+        return {x for two in found for x in two} & house
+    assert used("tasks.py", " *") == set() and used("sparsegpt.py", " *") == {"tasks"}
+    assert used("sparsegpt.py") == set()  # late: in a function
+    assert used("prune.py", " *") == {"tasks", "sparsegpt"}
+    assert not any("docs" in used(name, " *") for name in SOURCES)
     for name in "sparsegpt.py", "prune.py":
         calls = re.findall(r'\bextra\("(\w+)"', (HERE / name).read_text())
         assert len(calls) == len(set(calls)) > 0
 
-@pytest.mark.parametrize("name", [
-    name[:-3].replace("/", ".") for name in SOURCES if not re.search("test_|gpu|__init__", name)])
-def test_nothing_happens_when_a_file_is_imported(name):
+def test_nothing_happens_when_a_file_is_imported():
     """It defines; handlers, paths and folders stay. Only BLAS is told to take one thread."""
-    code = """if True:
-        import os, signal, sys
+    names = [name[:-3].replace("/", ".") for name in SOURCES
+             if not re.search("test_|gpu|__init__", name)]
+    code = f"""if True:
+        import importlib, os, signal, sys
         def state():
             handlers = [signal.getsignal(i) for i in range(1, 32)]
-            environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+            environment = [name for name in os.environ if not name.endswith("_NUM_THREADS")]
             return handlers, environment, sys.path[:], sys.argv, os.listdir()
         before = state()
-        import """ + f"{name}\n" + """
-        assert state() == before"""
+        for name in {names}:
+            importlib.import_module(name)
+            assert state() == before, name"""
     done = program("-c", code, PYTHONPATH=str(HERE), PYTHONDONTWRITEBYTECODE="1")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -1797,7 +1741,7 @@ def found_circuit():
     return prune.prune(wired(), "cue", FEW)
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
-def test_the_circuit_of_a_network_wired_by_hand_is_found(backend, cues, ablation):
+def test_the_circuit_of_a_network_wired_by_hand_is_found(backend, cues, ablation, monkeypatch):
     """Ground truth: every node and every edge of it, and no other."""
     task = cue_task(ablation=ablation)
     found = prune.search(task, quiet)
@@ -1810,23 +1754,13 @@ def test_the_circuit_of_a_network_wired_by_hand_is_found(backend, cues, ablation
     assert len(anew.known) == 3
     assert task.full_loss() < 0.05 and found.loss < 0.05 and found.stages[-1] == dict(
         stage="edges cleaned", nodes=11, edges=6, loss=pytest.approx(found.loss))
-
-def test_a_huge_circuit_is_not_cleaned_and_says_so(cues, monkeypatch):
-    """It is returned as it came, within the target."""
-    task, stages, every = cue_task(), [], prune.every_node(wired().cfg)
-    monkeypatch.setattr(prune, "TOO_LARGE", task.size(every)[1] - 1)
-    mask = prune.clean(task, every, lambda *stage: stages.append(stage), quiet)
-    assert mask is every and task.full_loss() <= FEW.target
-    assert [name for name, *_ in stages] == ["not cleaned: too large"]
-
-def test_learned_masks_rank_the_nodes_of_a_circuit_first(cues):
-    """The search before it is cleaned: few of 368 nodes do the task. The baseline, attribution, is
-    the gradient on all prompts."""
-    task = cue_task(steps=150)
-    order, _ = prune.learn_masks(task, 1e-3, 0.01, 1.0, [0, 1], quiet, 0.15)
-    assert prune.bisect(order, lambda mask: task.loss(mask) < 0.15).nodes.sum() < 20
+    # The baseline, attribution, is the gradient on all prompts.
     _, grad = prune.gradient(task.model, task.pool, np.ones(368, bool), task.frozen_values)
     assert (np.diff(grad[prune.rank_by_attribution(task)]) >= -1e-9).all()
+    every, stages = prune.every_node(task.model.cfg), []
+    monkeypatch.setattr(prune, "TOO_LARGE", task.size(every)[1] - 1)  # a huge one is not cleaned
+    assert prune.clean(task, every, lambda *stage: stages.append(stage), quiet) is every
+    assert [name for name, *_ in stages] == ["not cleaned: too large"]
 
 def test_the_answers_of_a_control_are_swapped_in_whole_pairs(cues):
     """Inverted: in all, twice is the identity. Nonsense: in about half."""
@@ -2096,7 +2030,7 @@ PRUNING = {
     "--ablation": ["cue --ablation foo", "cue --ablation resample"], "--seeds": ["cue --seeds 0"],
     "context": ["endless", "long_if_held_out", f"cue --ask < --ask {99 * '<'}"],
     "not allowed with": ["cue --ask < --explain"], "unrecognized": ["cue wide --explain"],
-    "over the target": ["hopeless", "cue --target 1e-4"], "unrecognized arguments: --sede": ["cue --sede 3"],
+    "over the target": ["hopeless", "cue --target 1e-4"], "arguments: --sede": ["cue --sede 3"],
     "search takes no --answers": ["cue --answers x y"], "no --seeds": ["cue --explain --seeds 3"],
     "no --runs": ["cue --ablate final.1 --runs 2"], "none/cue.json": ["cue --explain --out none"],
     "h1.neuron.99": ["cue --set h1.neuron.99=1"], "no --target": ["--check x.json --target 0.5"],
