@@ -1120,9 +1120,10 @@ def train_on(corpus, cfg, path, resume, log):
         f"{math.log(cfg.vocab_size):.4f}\n"
         f"{'step':>6} {'loss':>7} {'val':>7} {'density':>8} {'lr':>8} {'tok/s':>8} {'left':>6}")
     began = saved = line = time.perf_counter()
-    with interrupts_noted() as interrupts:
+    ending.clear()
+    with signals_to(note):
         for step, loss in training_steps(flat, m, v, start, corpus.train, cfg):
-            done, stopped = step + 1, anywhere(interrupts)
+            done, stopped = step + 1, anywhere(ending)
             losses.append(loss)  # read only below: a GPU is not kept waiting
             if step == 0:
                 log(f"{1:>6} {float(loss):7.4f}")
@@ -1156,7 +1157,7 @@ def train_on(corpus, cfg, path, resume, log):
         save_or_aside(save_model, path, model)
         partial_path(path).unlink(missing_ok=True)
         log(f"trained in {clock(time.perf_counter() - began)}; saved to {cfg.out}")
-    if interrupts:
+    if ending:
         raise KeyboardInterrupt(f"{cfg.out} is whole, and not scored")
     return model
 
@@ -1284,8 +1285,9 @@ def anywhere(true):
 def follow(corpus, cfg, path, resume):
     """What processes other than the first do: the same steps, and no output."""
     state = starting_state(cfg, path, resume, corpus.digest)
-    with interrupts_noted() as interrupts:
-        any(anywhere(interrupts) for _ in training_steps(*state, corpus.train, cfg))
+    ending.clear()
+    with signals_to(note):
+        any(anywhere(ending) for _ in training_steps(*state, corpus.train, cfg))
     sys.exit(0)
 
 
@@ -1402,6 +1404,11 @@ def locked(path):
 ending = []  # not empty once a signal has come: a second one would only disturb the clearing up
 
 
+def note(number, _):
+    """A handler after which a step or a file can be finished."""
+    ending.append(number)
+
+
 @contextmanager
 def signals_to(handler, then=None):
     """Give Ctrl-C, SIGTERM and SIGHUP to a handler, except those that are ignored, as by nohup;
@@ -1426,14 +1433,6 @@ def signals_blocked():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
-@contextmanager
-def interrupts_noted():
-    """A list that signals are added to, so that a step or a file can be finished."""
-    ending.clear()
-    with signals_to(lambda number, _: ending.append(number)):
-        yield ending
 
 
 # ---- output, flags and the end ------------------------------------------------------------------
