@@ -95,6 +95,8 @@ class Settings:
 TRIALS = ((1e-3, 0.03, 1.0), (1e-3, 0.01, 1.0), (1e-3, 0.03, 0.3))
 TOO_LARGE = 2000  # a circuit of more edges is not cleaned: thousands of trials of 0.1 s each
 HALF_CHANCE = math.log(2) / 2
+# The stages' shares of a search's time, of a circuit of 20 edges. Larger ones are cleaned longer.
+SHARES = {"learning masks": 0.5, "cleaning nodes": 0.2, "cleaning edges": 0.3}
 
 
 # ---- a task's circuit, and its controls ---------------------------------------------------------
@@ -130,8 +132,9 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, ch
                                    ("nonsense", "inverted", "true")):
             jobs.append((key, PruningTask(of.model, of.frozen_values, name, half, labels), 0))
         jobs += [(f"seed {i}", task, i) for i in range(1, seeds)]
-    said = [progress and f"{name}, search {i} of {len(jobs)}, {key}"
-            for i, (key, _, _) in enumerate(jobs, 1)]
+    began = time.perf_counter()
+    said = [sg.Progress(progress and f"{name}, search {i + 1} of {len(jobs)}, {key}", SHARES,
+                        (i, len(jobs), began)) for i, (key, _, _) in enumerate(jobs)]
     results = on_cores(search_job, list(zip(said, jobs)), workers)
     _, own = next(results)
     if own.mask is None:
@@ -145,10 +148,10 @@ def prune(model, name, settings=Settings(), context=None, seeds=2, workers=1, ch
 
 
 def search_job(job):
-    """(key, SearchResult) of a job: (what its progress is called, (key, PruningTask, seed))."""
-    said, (key, task, seed) = job
+    """(key, SearchResult) of a job: (its Progress, (key, PruningTask, seed))."""
+    progress, (key, task, seed) = job
     to_clean = key not in CONTROLS or not task.settings.restore
-    return key, search(task, sg.Progress(said), seed, to_clean)
+    return key, search(task, progress, seed, to_clean)
 
 
 class PruningTask:
@@ -857,12 +860,14 @@ class PlainRunner:
     frozen_values: by node. text, rng: deleted nodes take values on other text instead, which is a
     stronger ablation, as these can mislead. Deleted edges stay frozen at `frozen_values`.
     restored: see `restored_nodes`; these are kept too, with all their edges. gated: those nodes
-    are active that are so in the full model.
+    are active that are so in the full model. constant: deleted values of heads are frozen after
+    attention, not before it, so that what its sink takes is not lost.
     """
 
     def __init__(self, model, frozen_values, prompts, text=None, rng=None, restored=None,
-                 gated=False):
+                 gated=False, constant=False):
         self.model, self.frozen_values, self.prompts = model, frozen_values, prompts
+        self.constant = constant
         self.gated, self.parts = gated, [
             (index, part, frozen_values if text is None else resampled(model, part, text, rng),
              False if restored is None else restored[index]) for index, part in prompts.parts()]
@@ -874,6 +879,8 @@ class PlainRunner:
         out = dict(self.model.params)
         for name, m in matrices(self.model.cfg).items():
             deleted = np.outer(mask.nodes[m.source], mask.nodes[m.target]) & ~mask.edges[name]
+            if self.constant and sg.MATRICES[name.partition(".")[2]].reads == HEADS[-1]:
+                deleted |= ~mask.nodes[m.source][:, None]
             out[name], out[m.bias] = delete_weights(
                 out[name], out[m.bias], sg.xp.asarray(self.frozen_values[m.source]),
                 sg.xp.asarray(deleted))
@@ -1100,6 +1107,23 @@ class Circuit:
         """[(name, name, weight)] of its edges."""
         return [(e["from"], e["to"], e["weight"]) for e in self.report["edges"]]
 
+    @property
+    def links(self):
+        """[(from, to, kind, weight)]: the whole graph, edges among them. kind: "edge"; "residual",
+        the same channel of the residual stream; "attention", from a query or key channel to the
+        values of its head; "token" and "answer", an embedding and an unembedding. Their tokens are
+        named as in "token def". The weight of those without one is 1."""
+        r = self.report
+        out = [(e["from"], e["to"], "edge", e["weight"]) for e in r["edges"]]
+        out += [(e["from"], e["to"], "residual", 1.0) for e in r["residual"]]
+        out += [(f"token {e['token']}", e["to"], "token", e["weight"]) for e in r["embed"]]
+        out += [(e["from"], f"token {e['token']}", "answer", e["weight"]) for e in r["unembed"]]
+        for head in r["heads"]:
+            values = [name for name in head["nodes"] if name.split(".")[1] == HEADS[-1]]
+            out += [(name, value, "attention", 1.0)
+                    for name in head["nodes"] for value in values if name not in values]
+        return out
+
     def add(self, check):
         """Put a check that has ended in the place of that which was not run."""
         checks = self.report["checks"]
@@ -1168,8 +1192,8 @@ def make_circuit(context, task, result):
 
 CONTROLS = ("nonsense task", "inverted task", "shuffled weights")
 CHECKS = ("held-out prompts", "others restored", "necessary at every share", "necessity",
-          "interchange", "recall", "resampled ablation", "full model's AbsTopK", "attention",
-          *CONTROLS, "other seeds")
+          "interchange", "recall", "resampled ablation", "full model's AbsTopK", "true constants",
+          "attention", *CONTROLS, "other seeds")
 
 
 def verdict(name, passed, text, **numbers):
@@ -1192,7 +1216,8 @@ def checks_of(circuit, task, results):
     seeds = []
     yield check_held_out(circuit)
     yield from check_restored(task, circuit.mask)
-    for check in check_necessity, check_interchange, check_recall, check_resampled, check_gated:
+    for check in (check_necessity, check_interchange, check_recall, check_resampled, check_gated,
+                  check_constants):
         yield check(task, circuit.mask)
     yield check_attention(circuit)
     for key, result in results:
@@ -1303,6 +1328,14 @@ def check_gated(task, mask):
     loss = logistic(runner.margins(mask))
     return loss_check(task.settings, "full model's AbsTopK", loss, "only nodes that are active in "
                       f"the full model are: loss {loss:.3f}")
+
+
+def check_constants(task, mask):
+    """Deleted values of heads are constants after attention too."""
+    runner = PlainRunner(task.model, task.frozen_values, task.judged, constant=True)
+    loss = logistic(runner.margins(mask))
+    return loss_check(task.settings, "true constants", loss, "deleted values of heads frozen after "
+                      f"attention, whatever goes to its sink: loss {loss:.3f}")
 
 
 def attention_overlap(task, mask):
@@ -1627,7 +1660,8 @@ def blocks(circuit, verbose):
         if name in minor and not verbose:
             continue
         back = 1 if name.rpartition(".")[0] == "final" else max(
-            range(1, 1 + min(map(len, values))), key=lambda t: abs(values[0][-t] - values[1][-t]))
+            range(1, max(2, min(map(len, values)))),  # no token is compared with <start>
+            key=lambda t: abs(values[0][-t] - values[1][-t]))
         tokens = " | ".join(dict.fromkeys(
             sg.one_line(p[-back], "␣") for p in report["example"]["prompts"]))
         beside = f", model {node['in_model']:6.3f}" if "in_model" in node else ""  # of older files

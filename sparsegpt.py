@@ -1476,20 +1476,31 @@ def clock(seconds):
 
 
 class Progress:
-    """One line on stderr that rewrites itself, if it has a name and stderr is a terminal."""
+    """One line on stderr that rewrites itself, if it has a name and stderr is a terminal: a stage
+    of a job, and the estimated time that is left of all jobs.
 
-    def __init__(self, name=""):
-        self.name, self.stage, self.began, self.last = name, None, 0, 0
+    stages: {name: its share of the job}, in their order; without, there is one. A stage that
+    begins anew gets half of what was left of its share. jobs: (those before this one, all, when
+    the first began).
+    """
+
+    def __init__(self, name="", stages=None, jobs=(0, 1, None)):
+        self.name, self.stages, self.jobs = name, stages or {}, jobs
+        self.stage, self.before, self.share, self.part, self.last = None, 0.0, 1.0, 0.0, 0.0
+        self.began = time.perf_counter() if jobs[2] is None else jobs[2]
 
     def __call__(self, stage, done, total, note=""):
         """Say that `done` of `total` of a stage are done."""
-        now = time.perf_counter()
         if stage != self.stage:
-            self.stage, self.began = stage, now
-        elif self.name and done and now - self.last > 1 and (
-                sys.stderr and sys.stderr.isatty()):  # None: it is closed
-            self.last = now
-            left = clock((now - self.began) * (total - done) / done)
+            self.before += self.share * (self.stage is not None)
+            self.stage, self.share = stage, self.stages.get(stage, 1 - self.before)
+        elif done / total < self.part:
+            self.before, self.share = self.before + self.share / 2, self.share / 2
+        self.part, now = done / total, time.perf_counter()
+        if self.name and now - self.last > 1 and sys.stderr and sys.stderr.isatty():  # None: closed
+            self.last, (earlier, jobs, _) = now, self.jobs
+            share = (earlier + self.before + self.share * self.part) / jobs
+            left = clock((now - self.began) * (1 - share) / share) if share else "?"
             print(f"\r\033[K{self.name}: {stage}, {done} of {total}, {note}{left} left\r", end="",
                   file=sys.stderr, flush=True)
 
