@@ -3,9 +3,11 @@
 All of it is made from what a circuit's file holds, without the model. sparsegpt.SITES gives the
 order of the columns. A site that is not in it has a column of its own, after the others.
 """
+import dataclasses
 import html
 import math
 from collections import Counter, defaultdict, namedtuple
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 
@@ -21,18 +23,18 @@ body { margin: 0 auto; padding: 28px min(32px, 4vw); max-width: 1740px; backgrou
 h1, h2 { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 16px }
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 16px; margin: 26px 0 4px }
 small { font-size: 14px; font-weight: 400 } p { margin: 4px 0 } a { color: rgb(var(--pos)) }
-pre { margin: 14px 0 } pre, .wide, .scroll { overflow: auto } .scroll { max-height: 80vh }
-pre, table, .tok { font: 11px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre }
-.panel { position: sticky; bottom: 0; max-height: 40vh; padding: 6px 14px; background: var(--bg);
-  border: 1px solid rgb(var(--ink) / .2) }
-.mute { color: rgb(var(--ink) / .65); font-size: 12px } .mute svg { margin: 0 8px 0 28px }
-svg { max-width: 100%; height: auto } text.mute { fill: rgb(var(--ink) / .65) }
+pre { margin: 14px 0 } .wide, .scroll { overflow: auto } .scroll { max-height: 80vh }
+pre, table, summary, mark, .tok { font: 11px/1.5 ui-monospace, Menlo, Consolas, monospace }
+pre, summary { white-space: pre-wrap } table, .tok { white-space: pre; --shade: 0 }
+details pre { margin: 0 0 8px; scroll-margin-top: 40px } summary { cursor: pointer }
+details pre:not([id]) { display: inline-block; min-width: 440px; vertical-align: top }
+mark { color: inherit; background: rgb(var(--pos) / .3) } svg { max-width: 100%; height: auto }
+.mute { color: rgb(var(--ink) / .65); fill: rgb(var(--ink) / .65) } p.mute { font-size: 12px }
 text { fill: rgb(var(--ink)); font-size: 11px; text-anchor: middle } .ch { font-weight: 600 }
 path { fill: none; stroke: rgb(var(--ink) / .4) } .pos { stroke: rgb(var(--pos)) }
 .neg { stroke: rgb(var(--neg)); stroke-dasharray: 6 3 }
 rect { fill: var(--bg); stroke: rgb(var(--ink) / .4); rx: 5px }
 .soft { fill: rgb(var(--ink) / .05); stroke: rgb(var(--ink) / .12) }
-.graph:hover:has(.lit) [data-lit]:not(.lit) { opacity: .12 }
 th { font-weight: 400; padding: 0 4px } tr :first-child { text-align: left }
 .scroll th:first-child { position: sticky; left: 0; background: var(--bg) }
 td { text-align: right; padding: 0 3px; background: rgb(var(--pos) / calc(.6 * var(--shade)));
@@ -40,23 +42,20 @@ td { text-align: right; padding: 0 3px; background: rgb(var(--pos) / calc(.6 * v
 td.neg { background: repeating-linear-gradient(135deg, rgb(var(--neg) / calc(.5 * var(--shade)))
   0 5px, rgb(var(--neg) / calc(.3 * var(--shade))) 5px 8px) }
 .heads, .heads div { display: flex; flex-wrap: wrap; align-items: start; gap: 14px }
-.heads { column-gap: 40px } .heads td { min-width: 10px; height: 16px }
-.heads tr:first-child th { writing-mode: vertical-rl; padding: 4px 0 }
-@media print { .panel { display: none } .graph { min-width: 0 !important }
-  pre { white-space: pre-wrap } .scroll { max-height: none } }"""
-SCRIPT = """
-const graph = document.querySelector(".graph"), [panel, listing] = document.querySelectorAll("pre")
-for (const box of graph?.querySelectorAll("a") ?? []) box.onmouseenter = () => {
-  const name = box.querySelector("title").textContent + " "
-  panel.hidden = false
-  panel.textContent = listing.textContent.split("\\n\\n").find(s => s.startsWith(name)) ?? name
-  for (const e of graph.querySelectorAll("[data-lit]"))
-    e.classList.toggle("lit", e.dataset.lit.split(" ").includes(box.id))
-}"""
+.heads { column-gap: 40px } .heads tr:first-child th { writing-mode: vertical-rl; padding: 4px 0 }
+@media print { svg { min-width: 0 !important } .scroll { max-height: none } }"""
 # A column is (block, step, title), which sorts in the order of computation.
 IN, FINAL, OUT = (-1, -1, "tokens in"), (math.inf, 98, "final"), (math.inf, 99, "tokens out")
 WIDE, HIGH, ROW, LANE, LABEL = 64, 32, 42, 13, 26  # pixels: a box; the height of box, wire, label
-WINDOW = 1660  # pixels between the first column and the last that a window of 1400 can show
+TOO_LARGE, MOST = 120, 60  # nodes: a circuit of more is drawn with its most important ones
+SAME = 0.005  # the largest difference between two prompts that does not count
+
+KEY = """<p class="mute">line: blue, a positive weight; orange and dashed, a negative one (width:
+relative to the largest of its kind); grey, a residual channel. Box: a channel, and the last token,
+counted from the end, at which it differs between the prompts by half of its largest difference or
+more, on the prompt where it is farther from its mean over training text (↑ above, ↓ below); no
+token: the same on both; the fainter, the less important. Tokens with the same edges share a box.
+Not drawn: token weights under a third of their node's largest, and all but 10 boxes a side.</p>"""
 
 # A node; a token, with site "token" and its text as channel; or, with site "", the point where a
 # wire passes a column.
@@ -96,6 +95,21 @@ def document(title, *body, note=""):
 
 
 # ---- the circuit as boxes and links -------------------------------------------------------------
+
+def readable(circuit):
+    """A circuit; one that is too large to be seen, with its most important nodes alone."""
+    report = circuit.report
+    ranked = sorted(report["nodes"], key=lambda node: -node["importance"])
+    if len(ranked) <= TOO_LARGE:
+        return circuit
+    kept = {node["name"] for node in ranked[:MOST]}
+    less = {key: [x for x in report[key] if {*map(x.get, ("name", "from", "to"))} <= kept | {None}]
+            for key in ("nodes", "edges", "residual", "embed", "unembed")}
+    heads = [head for head in report["heads"] if kept & {*head["nodes"]}]
+    values = {name: x for name, x in report["example"]["values"].items() if name in kept}
+    return dataclasses.replace(circuit, report=report | less | dict(
+        heads=heads, example=report["example"] | dict(values=values)))
+
 
 def column_of(site):
     """The column of a site's full name, as h0.neuron. The sites of one matrix share a column."""
@@ -156,8 +170,8 @@ def grouped(links, most=10, weak=1 / 3):
 
 
 def route(boxes, columns, links):
-    """{(Box, Box): (weight, {the ends of its links})} from column to column. A link over several
-    columns that ends in the residual stream passes the boxes of its channel there."""
+    """{(Box, Box): weight} from column to column. A link over several columns that ends in the
+    residual stream passes the boxes of its channel there."""
     stream = {(b.column, b.channel): b for b in boxes if in_stream(b)}
     hops = {}
     for a, b, weight in links:
@@ -165,7 +179,7 @@ def route(boxes, columns, links):
         between = columns[columns.index(a.column) + 1:columns.index(b.column)]
         way = [a, *(stream.get((c, channel), Box(c, "", channel)) for c in between), b]
         for hop in zip(way, way[1:]):  # the weight adds to the channel where the link begins
-            hops.setdefault(hop, (weight if hop[0] == a else 0, set()))[1].update((a, b))
+            hops.setdefault(hop, weight if hop[0] == a else 0)
     return hops
 
 
@@ -200,14 +214,37 @@ def arrange(heads, hops):
 
 # ---- pictures and tables ------------------------------------------------------------------------
 
-def picture(circuit):
-    """A circuit as inline SVG. data-lit: the ids of the boxes that light up a box or a wire."""
-    report = circuit.report
+def gaps(values):
+    """A node's values on one prompt less those on the other, token by token from the end."""
+    return [x - y for x, y in zip(*(row[::-1] for row in values))]
+
+
+def differing(example):
+    """The names of the nodes that differ between two prompts, counted from the end."""
+    return [name for name, values in example["values"].items()
+            if max(map(abs, gaps(values))) > SAME]
+
+
+def telling_token(node, example):
+    """The token that a node's box shows, as KEY has it, as text for HTML."""
+    values = example["values"][node["name"]]
+    sizes = [abs(gap) for gap in gaps(values)]
+    if max(sizes) <= SAME:
+        return ""
+    # What differs early is often moved on: the last such token is nearest to the answer.
+    back = next(t for t, size in enumerate(sizes, 1) if size >= max(sizes) / 2)
+    _, up, token = max((abs(row[-back] - node["mean"]), row[-back] > node["mean"], tokens[-back])
+                       for row, tokens in zip(values, example["prompts"]))
+    return f"{'↑' if up else '↓'} {visible(token, '␣', 7)}"
+
+
+def picture(circuit, page=""):
+    """A circuit as inline SVG, below its prompts. Boxes lead to their nodes' rows in a page."""
+    report, example = circuit.report, circuit.report["example"]
     boxes, links = graph(report)
     links = grouped(links)
     nodes = {box_name(box): box for box in boxes if boxes[box]}
     drawn = list(dict.fromkeys([*nodes.values(), *(box for link in links for box in link[:2])]))
-    ids = {box: f"{circuit.task}-{i}" for i, box in enumerate(drawn)}
     columns = sorted({box.column for box in drawn})
     hops = route(drawn, columns, links)
     heads = {box: box for box in [*drawn, *(box for hop in hops for box in hop)]}
@@ -217,8 +254,7 @@ def picture(circuit):
     if not y:
         return "<p>No node is needed: the bigram table and the frozen values do the task.</p>"
     top, tall = min(y.values()) - 68, max(y.values()) - min(y.values()) + 98
-    pitch = max(104, min(170, 1330 // len(columns)),  # steep wires need room, within a window
-                min(tall // 12, WINDOW // (len(columns) - 1 or 1)))
+    pitch = max(104, min(170, 1330 // len(columns)))  # steep wires need room, within a window
     x = {column: i * pitch - WIDE * (column == IN) for i, column in enumerate(columns)}
     width = {column: WIDE * (1 + (column in (IN, OUT))) for column in columns}
     left = x[columns[0]] - 12
@@ -227,49 +263,46 @@ def picture(circuit):
            f"{visible(column[2])}</text>" for column in columns]
     for column, head in dict.fromkeys(head for box, head in heads.items() if head != box):
         ys = [y[box] for box in heads if heads[box] == (column, head)]
-        out.append(f'<rect class="soft" data-lit="" x="{x[column] - 7}" y="{min(ys) - 38:.1f}" '
+        out.append(f'<rect class="soft" x="{x[column] - 7}" y="{min(ys) - 38:.1f}" '
                    f'width="{WIDE + 14}" height="{max(ys) - min(ys) + 61:.1f}"/>'
                    f'<text class="mute" x="{x[column] + WIDE / 2}" y="{min(ys) - 23:.1f}">'
                    f"{visible(head)}</text>")
-    lit, largest = {box: {box} for box in y}, Counter()
-    for (a, b), (weight, ends) in hops.items():
+    largest = Counter()
+    for (a, _), weight in hops.items():
         largest[a.column[1]] = max(largest[a.column[1]], abs(weight))
-        lit[a] |= ends
-        lit[b] |= ends
-
-    def lights(ends):
-        return " ".join(sorted(ids[box] for box in ends))
-
-    for (a, b), (weight, ends) in reversed(hops.items()):  # the heaviest are drawn last, on top
+    for (a, b), weight in reversed(hops.items()):  # the heaviest are drawn last, on top
         end = x[a.column] + width[a.column]
         start = end if a.site else x[a.column]
         dx, dy = x[b.column] - end, y[b] - y[a]
         out.append(f'<path class="{"pos" if weight > 0 else "neg" if weight else ""}" '
-                   f'data-lit="{lights(ends)}" '
                    f'stroke-width="{1 + 3 * abs(weight) / (largest[a.column[1]] or 1):.1f}" '
                    f'd="M{start} {y[a]:.1f}H{end}c{dx / 2} 0 {dx / 2} {dy:.1f} {dx} {dy:.1f}"/>')
     most = max((node["importance"] for node in report["nodes"]), default=0)
     for box in (box for box in y if box.site):
-        title, kind, low, shade = "", "soft", 4, 1
+        title, kind, low, shade, link = "", "soft", 4, 1, ""
         if node := boxes.get(box):
             name, title, kind, low = box_name(box), box.channel, "", 11
             shade = 0.45 + 0.55 * min(1, max(0, node["importance"]) / (most or 1))
             if box.column[2] != box.site:  # a column of several sites
                 title = visible(name.partition(".")[2])
-            text = "".join(visible(row[1], "␣", 9) for row in node["task"]["high"][:1])
+            text, link = telling_token(node, example), f' href="{page}#{name}"'
         else:
             texts = [sg.one_line(text, "␣") for text in box.channel]
             name, text = "  ".join(texts), visible("  ".join(texts[:3]), most=14)
             text += f" +{len(texts) - 3}" * (len(texts) > 3)
         mid = width[box.column] / 2
-        out.append(f'<a id="{ids[box]}" opacity="{shade:.2f}" data-lit="{lights(lit[box])}" '
-                   f'transform="translate({x[box.column]} {y[box]:.1f})"><title>'
-                   f'{visible(name)}</title><rect class="{kind}" y="-{HIGH / 2}" '
-                   f'width="{2 * mid:.0f}" height="{HIGH}"/><text class="ch" x="{mid}" y="-3">'
-                   f'{title}</text><text class="tok" x="{mid}" y="{low}">{text}</text></a>')
-    return (f'<div class="wide"><svg class="graph" viewBox="{left} {top:.0f} {wide} {tall:.0f}" '
-            f'width="{wide}" style="min-width: {0.7 * wide:.0f}px">' + "\n".join(out)
-            + "</svg></div>\n")
+        out.append(f'<a{link} opacity="{shade:.2f}" transform="translate({x[box.column]} '
+                   f'{y[box]:.1f})"><title>{visible(name)}</title><rect class="{kind}" '
+                   f'y="-{HIGH / 2}" width="{2 * mid:.0f}" height="{HIGH}"/><text class="ch" '
+                   f'x="{mid}" y="-3">{title}</text><text class="tok" x="{mid}" y="{low}">{text}'
+                   "</text></a>")
+    prompts = "; ".join(f"{visible(''.join(tokens[1:]), '␣')} → {visible(answer, '␣')}"
+                        for tokens, answer in zip(example["prompts"], example["answers"]))
+    n, few = report["size"]["nodes"], len(nodes)
+    few = f"; the {few} most important of {n} nodes, with the edges among them" * (few < n)
+    return (f'<p class="mute">example prompts: {prompts}{few}</p>'
+            f'<div class="wide"><svg viewBox="{left} {top:.0f} {wide} {tall:.0f}" width="{wide}" '
+            f'style="min-width: {min(0.7 * wide, 1300):.0f}px">{"".join(out)}</svg></div>\n')
 
 
 def headings(texts):
@@ -278,58 +311,71 @@ def headings(texts):
 
 
 def table_row(heading, cells):
-    """A row of a table: its heading, and a cell for each (-1 to 1 as colour, title, text)."""
+    """A row of a table: its heading, and a cell for each (-1 to 1 as colour, text)."""
     return f"<tr>{headings([heading])}" + "".join(
-        f'<td class="{"neg" if shade < 0 else ""}" style="--shade:{abs(shade):.2f}" '
-        f'title="{visible(title)}">{text}</td>' for shade, title, text in cells) + "</tr>\n"
+        "<td" + ' class="neg"' * (shade < 0) + f' style="--shade:{abs(shade):.2f}"' * (
+            abs(shade) >= 0.005) + f">{text}</td>" for shade, text in cells) + "</tr>\n"
 
 
-def differing(example):
-    """The names of the nodes that differ between two prompts, counted from the end."""
-    return [name for name, values in example["values"].items() if any(
-        abs(x - y) > 0.005 for x, y in zip(*(v[::-1] for v in values)))]
-
-
-def heat_map(example):
+def heat_map(report):
     """A table of the nodes' values on the two prompts. Its colours show where they differ."""
-    names, rows = differing(example), []
-    if not names:
+    example, rows = report["example"], []
+    importance = {node["name"]: max(0, node["importance"]) for node in report["nodes"]}
+    shades = {name: [math.copysign(abs(gap * importance[name]) ** 0.5, gap)
+                     for gap in gaps(example["values"][name])] for name in differing(example)}
+    if not shades:
         return ""
-    for name in names:
-        cells, sides = [], example["values"][name]
-        for own, other in (sides, sides[::-1]):
-            other = ["none"] * (len(own) - len(other)) + other[-len(own):]  # from the end
-            gaps = [0 if y == "none" else x - y for x, y in zip(own, other)]
-            largest = max(map(abs, gaps))
-            cells += [(0, "", ""), *((gap / largest, f"{x}; other prompt {y}", f"{x:.2f}")
-                                     for gap, x, y in zip(gaps, own, other))]
+    largest = max(max(map(abs, row)) for row in shades.values()) or 1
+    for name, row in shades.items():
+        cells = []
+        for own, sign in zip(example["values"][name], (1, -1)):
+            padded = [*row[:len(own)], *[0] * (len(own) - len(row))][::-1]
+            cells += [(0, ""), *((sign * shade / largest, f"{x:.2f}")
+                                 for shade, x in zip(padded, own))]
         rows.append(table_row(name, cells))
     one, two = example["prompts"]
     answers = [f'<th></th><th colspan="{len(tokens)}">answer {visible(answer, "␣")} (margin '
                f"{margin:+.2f})</th>" for tokens, answer, margin in zip(
                    (one, two), example["answers"], example["margins"])]
     return ('<h2>Values on the two prompts</h2><p class="mute">colour: the value less that on the '
-            "other prompt, counted from the end (blue: higher; orange, striped: lower), relative "
-            f"to the row's largest; hidden: {len(example['values']) - len(names)} nodes that do "
-            f'not differ</p><div class="scroll"><table><tr><th></th>{"".join(answers)}</tr><tr>'
+            "other prompt, counted from the end (blue: higher; orange, striped: lower), times the "
+            "node's importance; its root, relative to the table's largest; hidden: "
+            f"{len(example['values']) - len(shades)} nodes that do not differ</p>"
+            f'<div class="scroll"><table><tr><th></th>{"".join(answers)}</tr><tr>'
             f"{headings(['', '', *one, '', *two])}</tr>\n{''.join(rows)}</table></div>\n")
 
 
 def attention_maps(report):
     """Tables of what each head of a circuit looks at on the two prompts."""
     out = ['<h2>Attention</h2><p class="mute">row: the token that looks; column: the one it looks '
-           'at; the rest of a row is in the sink</p><div class="heads">']
+           'at; in percent; the rest of a row is in the sink</p><div class="heads">']
     for head in report["heads"]:
         out.append("<div>")
         for tokens, attends in zip(report["example"]["prompts"], head["attends"]):
-            out.append(f"<table><caption>{visible(head['name'])}</caption>"
-                       f"<tr>{headings(['', *tokens])}</tr>\n")
-            out += [table_row(query, ((x / 100, f"{query} looks at {key}: {x}%", "")
-                                      for key, x in zip(tokens, row)))
+            rows = [table_row(query, ((x / 100, x or "") for x in row))
                     for query, row in zip(tokens, attends["rows"])]
-            out.append("</table>")
+            out.append(f"<table><caption>{visible(head['name'])}</caption>"
+                       f"<tr>{headings(['', *tokens])}</tr>\n{''.join(rows)}</table>")
         out.append("</div>")
     return "".join(out) + "</div>\n" if report["heads"] else ""
+
+
+def node_rows(circuit):
+    """A row for each head and node, which opens on its edges, and on where it is high and low."""
+    nodes = {node["name"]: node["text"] for node in circuit.report["nodes"]}
+    out = ['<h2>Nodes</h2><p class="mute">a click on a row, or on its box above, opens it: edges, '
+           "and the training text at which the node is highest and lowest</p>\n"]
+    for first, *rest in prune.blocks(circuit, True):
+        name = first.split()[0]
+        edges = takewhile(lambda line: not line.startswith("    task "), rest)
+        out.append(f"<details><summary>{visible(first)}</summary>"
+                   f'<pre id="{visible(name)}">{lines_of(chr(10).join(edges))}</pre>\n')
+        for side, windows in nodes.get(name, {}).items():  # older files: no text after a token
+            rows = [f"{value:+8.2f}  {visible(f'{before:>24}')}<mark>{visible(token, '␣')}</mark>"
+                    f"{visible(''.join(after))}" for before, token, value, *after in windows]
+            out.append("\n".join([f"<pre>{visible(side)}", *rows]) + "</pre>")
+        out.append("</details>\n")
+    return "".join(out)
 
 
 # ---- whole drawings -----------------------------------------------------------------------------
@@ -341,30 +387,16 @@ def check_line(checks):
         f", FAILED {len(failed)}: {', '.join(failed)}" if failed else "")
 
 
-def control_line(checks):
-    """What the same search needs where there should be no circuit, on one line."""
-    edges = [f"{c['name'].removesuffix(' task')} {prune.amount(c).removesuffix(' edges')}"
-             for c in checks if c["name"] in prune.CONTROLS and c["passed"] is not None]
-    return f"controls (edges; none or far more is good): {', '.join(edges) or 'not run'}"
-
-
 def page(circuit):
-    """A circuit as an HTML page: its picture, values and attention, its listing."""
+    """A circuit as an HTML page: its picture, values, attention, losses and checks, and nodes."""
+    circuit = readable(circuit)
     report = circuit.report
-    wires = (("pos", "positive weight (width: relative to the largest of its kind)"),
-             ("neg", "negative weight"), ("", "residual channel"))
+    bare = dataclasses.replace(circuit, report=report | dict(nodes=[], heads=[]))
     return document(
-        circuit.task, f"<p>{visible(report['doc'])}</p>\n",
-        f"<p>{visible(control_line(report['checks']))}</p>",
-        '<p class="mute">box: channel, and the token with its highest value; the fainter, the '
-        "less important; tokens with the same edges share a box; not drawn: token weights under "
-        "a third of their node's largest, and all but 10 boxes on each side</p>\n"
-        '<p class="mute">', *(
-            f'<svg width="32" height="8"><path class="{kind}" d="M0 4H32"/></svg>{what}'
-            for kind, what in wires), "</p>\n",
-        picture(circuit), '<pre class="panel" hidden></pre>\n', heat_map(report["example"]),
-        attention_maps(report), f"<pre>{lines_of(prune.listing(circuit, verbose=True))}"
-        f"</pre><script>{SCRIPT}</script>", note=check_line(report["checks"]))
+        circuit.task, f"<p>{visible(report['doc'])}</p>\n", KEY, picture(circuit),
+        heat_map(report), attention_maps(report),
+        f"<pre>{lines_of(prune.listing(bare, verbose=True))}</pre>\n", node_rows(circuit),
+        note=check_line(report["checks"]))
 
 
 def summary_page(rows):
@@ -373,12 +405,10 @@ def summary_page(rows):
     for circuit in (circuit for circuit, _ in rows.values() if circuit):
         name, report = visible(circuit.task), circuit.report
         text = text.replace(f"\n{name} ", f'\n<a href="#{name}">{name}</a> ')
-        body += [f'<h2 id="{name}">{name} <small>',
-                 f"{visible(check_line(report['checks']))}</small></h2>",
-                 f"<p>{visible(report['doc'])}</p>",
-                 picture(circuit) if len(circuit.nodes) <= 120 else
-                 "<p>Too large to be seen here.</p>"]
-    return document("Circuits", f"<pre>{text}</pre>", *body)
+        body += [f'<h2 id="{name}"><a href="{name}.html">{name}</a> <small>'
+                 f"{visible(check_line(report['checks']))}</small></h2>\n"
+                 f"<p>{visible(report['doc'])}</p>", picture(readable(circuit), f"{name}.html")]
+    return document("Circuits", f"<pre>{text}</pre>", KEY, *body)
 
 
 def dot(report):

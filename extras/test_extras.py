@@ -95,21 +95,55 @@ def test_the_drawings_have_every_node_and_edge_and_nothing_from_outside(cues, ch
     assert tags == [element.tag for element in page("plain.html").iter()]
     assert not re.search(r"https?:|src=|@import|url\((?!#|data:)|<(link|img|iframe|object)", text)
     ids = [element.get("id") for element in root.iter() if element.get("id")]
-    lit = {x for element in root.iter() for x in element.get("data-lit", "").split()}
-    assert len(set(ids)) == len(ids) and lit <= set(ids)
+    led = [element.get("href")[1:] for element in root.iter("a") if element.get("href")]
+    assert len(set(ids)) == len(ids) and set(led) == NODES <= set(ids)
     said = set(re.findall(NODE, " ".join(c["text"] for c in plain.report["checks"])))
     assert NODES <= set(re.findall(NODE, " ".join(root.itertext()))) <= NODES | said
     values, attention = root.findall(".//div[@class='scroll']/table"), root.findall(".//table")[1:]
     names = draw.differing(plain.report["example"])
     assert [row[0].text for row in values[0]][2:] == names
     assert f"hidden: {len(NODES) - len(names)} nodes" in text and len(attention) == 2
-    assert '<pre class="panel" hidden>' in text and "print { .panel { display: none }" in text
+    assert len(root.findall(".//mark")) == sum(
+        len(rows) for node in plain.report["nodes"] for rows in node["text"].values())
     text = Path("drawn.dot").read_text("utf-8")
     boxes = re.findall(r'^(n\d+) \[label="((?:[^"\\]|\\\\)*)"\]$', text, re.M)
     boxes = {box: html.unescape(label.replace(r"\\", "\\")) for box, label in boxes}
     arrows = re.findall(r"^(n\d+) -> (n\d+) \[.*\]$", text, re.M)
     assert text.count("\n") == 2 + len(boxes) + len(arrows) and len(arrows) == len(links)
     assert {(boxes[a], boxes[b]) for a, b in arrows} == links and NODES <= set(boxes.values())
+
+def test_a_large_circuit_is_drawn_by_its_most_important_nodes(cues, monkeypatch):
+    """Alone, with the edges among them. A summary leads to the rows of its nodes elsewhere."""
+    monkeypatch.setattr(draw, "TOO_LARGE", 5)
+    monkeypatch.setattr(draw, "MOST", 5)
+    whole = found_circuit()
+    report = draw.readable(whole).report
+    least = min(node["importance"] for node in report["nodes"])
+    kept, gone = draw.readable(whole).nodes, NODES - {node["name"] for node in report["nodes"]}
+    assert kept == [name for name in whole.nodes if name not in gone] and len(kept) == 5
+    assert all(node["importance"] <= least for node in whole.report["nodes"]
+               if node["name"] in gone)
+    ends = links_of(report)
+    assert ends == {link for link in links_of(whole.report) if not gone & {*link}}
+    draw.write(Path("small"), whole)
+    draw.write_summary("s.html", {"cue": (whole, ""), "again": (
+        dataclasses.replace(whole, task="again"), ""), "none": (None, "why")})
+    for name, start in ("small.html", {"#"}), ("s.html", {"cue.html#", "again.html#"}):
+        text, root = Path(name).read_text("utf-8"), page(name)
+        led = [e.get("href") for e in root.findall(".//{*}svg/{*}a[@href]")]
+        assert {*led} == {to + node for to in start for node in kept}
+        ids = [element.get("id") for element in root.iter() if element.get("id")]
+        assert len({*ids}) == len(ids) and f"the 5 most important of {len(NODES)}" in text
+
+@pytest.mark.parametrize("values, shown", [
+    ([[9, 5, 1, 0], [0, 0, 0]], "↑ if"), ([[9, 1, 0, 0], [-5, 0, 0]], "↓ while"),
+    ([[0, 4, 3, 2], [0, 0, 0]], "↑ y"), ([[9, 4, 2, 2], [4, 2, 2]], "")])
+def test_a_box_shows_the_last_token_at_which_the_prompts_differ(values, shown):
+    """By half of the most, where it is farther from its mean; nothing if there is no such."""
+    example = dict(prompts=[["<start>", "if", "x", "y"], ["while", "x", "y"]])
+    example["values"] = {"final.0": values}
+    node = dict(name="final.0", mean=0.5)
+    assert draw.telling_token(node, example) == shown
 
 @given(st.dictionaries(st.tuples(st.sampled_from("abcdef"), st.integers(0, 3)),
                        st.floats(-3, 3).filter(lambda x: abs(x) > 0.1)), st.booleans())
