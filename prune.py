@@ -1967,6 +1967,9 @@ def make_parser():
              "nodes on its prompts, or on PROMPT"),
             (modes, "trace", prompt, "the paths through the full model that make it prefer its "
              "likeliest token after PROMPT; no task is needed"),
+            (parser, "head", {}, "with --trace: why a head, as h1.head.8, looks where it looks"),
+            (parser, "at", number, "with --head: from which token, counted from the end "
+             "(default 1, the last)"),
             (modes, "predict", file, "what the full model and the saved circuit answer to the "
              "prompts of a file, as docs/near/var_if.txt"),
             (modes, "ask", dict(prompt, action="append"), "what the full model and the saved "
@@ -1997,12 +2000,12 @@ def settings_of(given):
     return Settings(**{name: given[name] for name in names if name in given})
 
 
-MODES = ("show", "check", "explain", "trace", "predict", "ask", "set", "ablate")  # the first given
+MODES = ("show", "check", "explain", "head", "trace", "predict", "ask", "set", "ablate")  # the first given
 # The modes that look at a flag. Elsewhere it is refused, as it would mislead.
 USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "restore", "seeds"),
                         {"search"}) | dict(
     seed={"search", "predict", "set", "ablate"}, verbose={"search", "show"},
-    answers={"ask", "trace"}, contexts={"predict"},
+    answers={"ask", "trace"}, contexts={"predict"}, trace={"head", "trace"}, at={"head"},
     set={"predict", "ask", "set"}, ablate={"predict", "ask", "ablate"},
     task={"search", "explain", "predict", "ask", "set", "ablate"})
 
@@ -2025,6 +2028,8 @@ def act(argv):
         tasks.pairs(task, 1)  # raises TaskError on an unknown task
     elif mode in USED_BY["task"] - {"search"}:
         raise sg.UserError(f"--{mode} needs one task; tasks: {', '.join(tasks.TASKS)}")
+    if mode == "head" and "trace" not in given:
+        raise sg.UserError("--head needs --trace PROMPT")
     circuit = path = None
     if mode in ("show", "check", "explain", "predict", "ask"):
         path = saved_path(task or given[mode], given)
@@ -2054,6 +2059,8 @@ def act(argv):
         if mode == "predict" else
         questions.explain(circuit, model, given["explain"]) if mode == "explain" else
         questions.ask(circuit, model, given["ask"], answers, values) if mode == "ask" else
+        questions.look(model, given["trace"], given["head"], given.get("at", 1))
+        if mode == "head" else
         questions.trace(model, given["trace"], answers) if mode == "trace" else
         questions.intervene(model, task, values, settings) if values else
         questions.overview(model, given.get("out", "circuits"))))

@@ -5,11 +5,13 @@ does. The command line is that of prune.py:
     python prune.py single_double_quote --ablate h0.neuron.17     # the model, without a node
     python prune.py --trace 'x = f("hello'                        # needs no task and no circuit
     python prune.py --trace 'print("hello' --answers '")' "')"
+    python prune.py --trace 'print("hello' --head h1.head.8       # why a head looks where it looks
 
 Every question returns lines of text.
 """
 import itertools
-from contextlib import suppress
+import re
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,38 +30,46 @@ def frozen_values(circuit, model):
 
 
 def explain(circuit, model, text=None, columns=5):
-    """The value of each of a circuit's nodes at each token of its pair of prompts; nodes that are
-    alike on both are left out. Or of a prompt of one's own, beside the full model's, below what
-    both answer. Then where these nodes are highest and lowest in training text."""
-    example, of_model = circuit.report["example"], None
+    """Each node of a circuit in it and in the full model, at each token of its pair of prompts;
+    nodes that are alike on both are left out. Or of a prompt of one's own, below what both answer.
+    Then what the circuit's heads look at from the last token, most first, and where these nodes
+    are highest and lowest in training text. A list of lines."""
+    cfg, s, lines = model.cfg, circuit.settings, []
     if text is None:
-        lines = []
-        names = sg.extra("draw", "prompts are not compared").differing(example)
-        if left := len(example["values"]) - len(names):
-            lines = [f"{left} nodes that do not differ between the prompts are left out"]
+        pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
+        prompts = pool.rows(2 * np.argmin(pool.last.reshape(-1, 2).max(1)) + np.arange(2))
     else:
-        one, lines = prune.own_prompt(model, text), ask(circuit, model, [text])
-        example, _ = prune.pair_readings(model, circuit.mask, frozen_values(circuit, model), one,
-                                         {})
-        names, kept = list(example["values"]), np.flatnonzero(circuit.mask.nodes)
-        seen = prune.values_of(prune.observe(model, one.ids)[1], kept, model.cfg)
-        of_model = dict(zip(names, seen.T))
-    both = range(len(example["prompts"]))
-    for start, p in itertools.product(range(0, len(names), columns), both):
+        prompts, lines = prune.own_prompt(model, text), ask(circuit, model, [text])
+    heads = dict.fromkeys(prune.heads_of(circuit.mask, cfg), 1.0)
+    (own, looks), (full, looked) = (
+        prune.pair_readings(model, mask, frozen_values(circuit, model), prompts, heads)
+        for mask in (circuit.mask, prune.every_node(cfg)))
+    names = list(own["values"])
+    if text is None:
+        names = sg.extra("draw", "prompts are not compared").differing(own)
+        if left := len(own["values"]) - len(names):
+            lines = [f"{left} nodes that do not differ between the prompts are left out"]
+    which = [*enumerate(own["prompts"])]
+    for start, (p, tokens) in itertools.product(range(0, len(names), columns), which):
         some = names[start:start + columns]
-        lines += [""] if of_model else ["", f"prompt {p + 1}, right answer {example['answers'][p]}"
-                                        f", margin {example['margins'][p]:+.3f}"]
-        lines.append(" " * 14 + "".join(f"{x:>16}" for x in some))
-        lines += [" " * 14 + f"{'circuit':>8}{'model':>8}" * len(some)] * bool(of_model)
-        lines += [f"{token:<14}" + "".join(
-            f"{example['values'][name][p][t]:>8.2f}{of_model[name][t]:>8.2f}" if of_model else
-            f"{example['values'][name][p][t]:>16.3f}" for name in some)
-            for t, token in enumerate(example["prompts"][p])]
+        lines.append("" if text is not None else (
+            f"\nprompt {p + 1}, right answer {own['answers'][p]}, margin "
+            f"{own['margins'][p]:+.3f}, of the full model {full['margins'][p]:+.3f}"))
+        lines += [" " * 14 + "".join(f"{name:>16}" for name in some),
+                  " " * 14 + f"{'circuit':>8}{'model':>8}" * len(some)]
+        lines += [f"{token:<14}" + "".join(f"{side['values'][name][p][t] + 0:8.2f}"  # + 0: no -0
+                                           for name in some for side in (own, full))
+                  for t, token in enumerate(tokens)]
+    lines += [""] * bool(heads)
+    for (p, _), *both in itertools.product(which, zip(looks, looked)):
+        for side, head in zip(("circuit", "model"), *both):
+            lines.append(f"{head['name']}, end of prompt {p + 1}, {side:<7} looks at " + ", ".join(
+                f"{sg.one_line(token, '␣')} {w:.2f}" for token, w in head["attends"][p]["to"]))
     lines += ["", "where these are highest and lowest in training text, a row for each [token]"]
     for node in circuit.report["nodes"]:
         if node["name"] in names:
             lines += [node["name"], *prune.reading_lines(node, "text")]
-    return lines if names else ["the circuit has no nodes"]
+    return lines if own["values"] else ["the circuit has no nodes"]
 
 
 def ask(circuit, model, texts, answers=None, values=None):
@@ -236,6 +246,29 @@ class Traced:
         site, t, c = node
         return Branch(f"{site}.{c}", slope * self.value[site][t, c], node, slope)
 
+    def contest(self, block, head, t):
+        """Why a head looks from token t at token s, most of all, and not at the runner-up, a token
+        or the sink: number len(ids). (s, runner-up, bias, keys, queries): s's logit less the other
+        is the bias, of distances and the sink, plus the sum of the amounts of the branches of the
+        keys, where queries are held, or as well of the queries, where keys are held."""
+        h, d, T = f"h{block}", self.model.cfg.d_head, len(self.ids)
+        weights, (q, k) = self.attention[h][head, t], (self.value[f"{h}.{x}"] for x in "qk")
+        s = int(np.argmax(weights[:t + 1]))
+        table, sink = (self.p.get(f"{h}.attn.{name}") for name in ("relbias", "sink"))
+        others = [at for at in (*range(t + 1), T) if at != s and (at < T or sink is not None)]
+        if not others:
+            raise sg.UserError("the head can look at one token only, and has no sink")
+        other = max(others, key=lambda at: weights[at])
+        fixed = [sink[head] if at == T else 0.0 if table is None else table[head, t - at]
+                 for at in (s, other)]
+        signs = {at: sign / np.sqrt(d) for at, sign in ((s, 1), (other, -1)) if at < T}
+        channels = range(head * d, (head + 1) * d)
+        keys = [self.branch((f"{h}.k", at, c), sign * q[t, c]) for c in channels
+                for at, sign in signs.items()]
+        queries = [self.branch((f"{h}.q", t, c), sum(sign * k[at, c] for at, sign in
+                                                     signs.items())) for c in channels]
+        return s, other, fixed[0] - fixed[1], keys, queries
+
     def parts(self, node, slope):
         """The branches of what a node is made of. slope: see `branch`."""
         site, t, c = node
@@ -278,7 +311,7 @@ def follow(one, tree, known, share, most):
         ends += nodes
         left += sum(abs(part.amount) for part in nodes)
         ended += sum(abs(part.amount) for part in branch.children if not part.node)
-    return followed, left / (left + ended)
+    return followed, left / (left + ended or 1)
 
 
 def tree_lines(tree, followed, least, tokens):
@@ -315,9 +348,9 @@ def tree_lines(tree, followed, least, tokens):
     return lines, printed
 
 
-def deletions(model, prompt, tree, printed, difference):
+def deletions(model, tree, printed, difference, without):
     """How the amounts of the printed nodes, over all paths of a tree, correlate with what their
-    deletion takes away from the difference."""
+    deletion takes away from the difference. without(mask, means): it in a part of the model."""
     cfg, means = model.cfg, prune.mean_activations(model, model.text)
     taken, branches, every = dict.fromkeys(printed, 0.0), list(tree), prune.every_node(cfg)
     for branch in branches:  # which grows
@@ -325,10 +358,8 @@ def deletions(model, prompt, tree, printed, difference):
         if branch.name in taken:
             mean = means[prune.node_number(branch.name, cfg)]
             taken[branch.name] += branch.amount - branch.slope * mean
-    runner, rows = prune.PlainRunner(model, means, prompt), []
-    for name, amount in taken.items():
-        mask = every.without([prune.node_number(name, cfg)])
-        rows.append((amount, difference - runner.margins(mask)[0]))
+    rows = [(amount, difference - without(every.without([prune.node_number(name, cfg)]), means))
+            for name, amount in taken.items()]
     if len(rows) < 3:
         return ["too few nodes to check"]
     return [f"check: over these {len(rows)} nodes, amounts (beyond the nodes' means) and what "
@@ -337,13 +368,24 @@ def deletions(model, prompt, tree, printed, difference):
             f"{np.corrcoef(*zip(*rows))[0, 1]:.2f}"]
 
 
+@contextmanager
+def known_forward_pass():
+    """Raises UserError in place of what goes wrong in a model that Traced is not made for."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        raise e if isinstance(e, sg.UserError) else sg.UserError(
+            f"extras/questions.py does not know this model's forward pass ({type(e).__name__}: "
+            f"{e})") from e
+
+
 def trace(model, text, answers=None, share=0.8, most=60):
     """The paths that make the full model prefer its top token to the runner-up, or one of two
     answers to the other, as a tree; and a check of it by deleting its nodes one at a time. share,
     most: see `follow`. Raises UserError on an unusable prompt or an unknown forward pass."""
     prompt = prune.own_prompt(model, text, answers)
     [ids] = prompt.ids
-    try:
+    with known_forward_pass():
         one, last = Traced(model, ids), len(ids) - 1
         if not answers:
             top = np.argsort(-one.logits[:len(model.tok.bytes)])
@@ -354,13 +396,69 @@ def trace(model, text, answers=None, share=0.8, most=60):
         tree = [one.branch(("final", last, c), slopes[c]) for c in np.flatnonzero(slopes)]
         known = difference - sum(branch.amount for branch in tree)
         followed, left = follow(one, tree, known, share, most)
-    except (LookupError, TypeError, AttributeError, ValueError) as e:
-        raise sg.UserError("extras/questions.py does not know this model's forward pass "
-                           f"({type(e).__name__}: {e})") from e
     lines, printed = tree_lines(tree, followed, 0.05 * abs(difference),
                                 [prune.token(model, i) for i in ids])
+    heads = dict.fromkeys(re.sub(
+        r"v\.(\d+)", lambda channel: f"head.{int(channel[1]) // model.cfg.d_head}", name)
+        for name in printed if ".v." in name)
     return [f"{sg.one_line(model.tok.decode(ids[1:]))}  ->  `{prune.token(model, first)}` less "
             f"`{prune.token(model, second)}`: logits differ by {difference:+.3f}",
             f"{known:+8.3f}  bigram table and biases", *lines,
             f"not followed to its end: {left:.0%} of all amounts, signs aside",
-            *deletions(model, prompt, tree, printed, difference)]
+            *deletions(model, tree, printed, difference, lambda mask, means: prune.PlainRunner(
+                model, means, prompt).margins(mask)[0]),
+            *[f"why a head looks where it looks: --head {' or '.join(heads)}"] * bool(heads)]
+
+
+def look(model, text, name, back=1, share=0.8, most=60):
+    """Why a head of the full model looks where it looks from a token, `back` from the end: its
+    logit of the token that it looks at most less that of the runner-up, a token or the sink. It
+    goes by products of channels; their keys and queries are followed and checked as in `trace`."""
+    cfg, [ids] = model.cfg, prune.own_prompt(model, text).ids
+    heads = {f"h{i}.head.{n}": (i, n) for i, n in prune.heads_of(prune.every_node(cfg), cfg)}
+    if name not in heads:
+        raise sg.UserError(f"no head {name[:60]!r}; the heads are {[*heads][0]} to {[*heads][-1]}")
+    if not 1 <= back <= len(ids):
+        raise sg.UserError(f"--at must be from 1 to {len(ids)} here, the prompt's tokens with "
+                           f"<start>, not {back}")
+    (block, head), t = heads[name], len(ids) - back
+    with known_forward_pass():
+        one = Traced(model, ids)
+        s, other, bias, keys, queries = one.contest(block, head, t)
+        weights = one.attention[f"h{block}"][head, t]
+        difference = bias + sum(branch.amount for branch in queries)
+        two = weights[s] + weights[other]
+        if not abs(weights[s] / two - 1 / (1 + np.exp(-difference))) < 1e-4:
+            raise ValueError(f"the attention of {name} is not made of distances and q x k")
+        followed, left = follow(one, keys + queries, bias, share, most)
+
+    def without(mask, means):  # the difference with a node deleted
+        hook = prune.Ablation(mask.nodes, means, cfg)
+        q, k = (sg.to_host(prune.observe(model, ids[None], hook=hook)[1][f"h{block}.{x}"]).astype(
+            float)[:, head * cfg.d_head:(head + 1) * cfg.d_head] for x in "qk")
+        return bias + q[t] @ (k[s] - (k[other] if other < len(ids) else 0)) / np.sqrt(cfg.d_head)
+
+    tokens = [*(f"`{prune.token(model, i)}`" for i in ids), "the sink"]
+    least = 0.05 * (abs(bias) + sum(abs(branch.amount) for branch in queries))
+    large = sorted((b for b in queries if abs(b.amount) >= least), key=lambda b: -abs(b.amount))
+    rest, top = sum(b.amount for b in queries if b not in large), np.argsort(-weights[:t + 1])[:3]
+    lines = [f"{sg.one_line(model.tok.decode(ids[1:]))}  ->  {name} looks from {tokens[t]} at "
+             + ", ".join(f"{tokens[at]} {weights[at]:.2f}" for at in top)
+             + f"; at the sink {weights[-1]:.2f}",
+             f"logit of {tokens[s]} less that of the runner-up, {tokens[other]}: "
+             f"{difference:+.3f}",
+             f"{bias:+8.3f}  distance, {t - s} back, less " + (
+                 "the sink's logit" if other == len(ids) else f"that of {t - other}")]
+    for branch in large:
+        c = branch.node[2]
+        q, k = one.value[f"h{block}.q"][t, c], one.value[f"h{block}.k"][:, c]
+        lines.append(f"{branch.amount:+8.3f}  channel {c}: query {q:+.2f} x key {k[s]:+.2f}" + (
+            f", less that of {k[other]:+.2f}" if other < len(ids) else "")
+            + f", over {np.sqrt(cfg.d_head):g}")
+    lines, nodes = [*lines, f"{rest:+8.3f}  other channels"], []
+    for what, held, tree in ("keys", "queries", keys), ("queries", "keys", queries):
+        more, printed = tree_lines(tree, followed, least, [prune.token(model, i) for i in ids])
+        lines += [f"{what}, with {held} held", *more]
+        nodes += printed
+    return [*lines, f"not followed to its end: {left:.0%} of all amounts, signs aside",
+            *deletions(model, keys + queries, nodes, difference, without)]
