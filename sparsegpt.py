@@ -749,7 +749,7 @@ def split_documents(texts):
     """(training documents, validation documents). A document's own content decides, so none is on
     both sides. Too few to fill both sides are first cut at blank lines, or else at all lines."""
     def held_out(text):
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] < 13  # 5 %
+        return hashlib.sha256(text.encode()).digest()[0] < 13  # 5 %
 
     whole = "\n\n".join(texts)
     for docs in texts, re.findall(r"(?s).+?(?:\n\n+|\Z)", whole), whole.splitlines(keepends=True):
@@ -766,7 +766,7 @@ PIECES = re.compile(r"\n *| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z_0-9]+|[^\S\n]+")
 
 class Tokenizer:
     """Byte-level BPE: tokens 0..255 are the bytes, 256 separates documents, the rest are merges in
-    the order in which they were learned. decode(encode(s)) == s for every string s.
+    the order in which they were learned. decode(encode(s)) == s for all that UTF-8 can hold.
 
     >>> t = Tokenizer.learn(["aaab aaab"], 259)
     >>> t.merges, t.encode("aab")
@@ -794,7 +794,7 @@ class Tokenizer:
         """Learn merges until there are vocab_size tokens or nothing repeats; of pairs that are as
         frequent, the smallest. Only the pieces that a merge touches are counted again."""
         counts = Counter(piece for text in texts for piece in PIECES.findall(text))
-        words = [(list(w.encode("utf-8", "surrogatepass")), n) for w, n in sorted(counts.items())]
+        words = [(list(word.encode()), n) for word, n in sorted(counts.items())]
         pairs, where, merges = Counter(), defaultdict(set), []
 
         def count(i, sign=1):  # puts the pairs of word i into `pairs`, or takes them out
@@ -833,7 +833,7 @@ class Tokenizer:
         for piece in PIECES.findall(text):
             ids = self.cache.get(piece)
             if ids is None:
-                ids = list(piece.encode("utf-8", "surrogatepass"))
+                ids = list(piece.encode("utf-8", "replace"))
                 while len(ids) > 1:
                     best = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, math.inf))
                     if best not in self.rank:
@@ -845,11 +845,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """The string of token ids. What is no UTF-8, as a sample's end may be, becomes U+FFFD."""
-        data = b"".join(self.bytes[i] for i in ids)
-        try:
-            return data.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", "replace")
+        return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
 
 IDIOM_BYTES = 24_000_000  # of generated idioms: --long sees each of them about four times
@@ -1095,20 +1091,16 @@ def train(cfg, resume=False, log=print):
     if processes().rank:
         follow(load_corpus(cfg, lambda line: None), cfg, path, resume)
     with locked(path):
-        if path.suffix == ".partial" or (path.exists() and not is_checkpoint(path)):
-            raise UserError(f"--out {cfg.out} is not a checkpoint's; choose another name")
+        try:
+            if path.exists():
+                read_parts(path)
+        except Exception as e:
+            raise UserError(f"--out {cfg.out} is not a checkpoint of this source ({e}); choose "
+                            "another name") from e
         corpus = load_corpus(cfg, log)
         model = train_on(corpus, cfg, path, resume, log)
         print_results(model, corpus.val, log)
     return model
-
-
-def is_checkpoint(path):
-    """Whether a file is a checkpoint of this program, of any version."""
-    with suppress(Exception), open_file(path) as file, np.load(file, allow_pickle=False) as f:
-        return f.zip.getinfo("format.npy").file_size < 1000 and (
-            str(f["format"]).startswith("sparsegpt-"))
-    return False
 
 
 def train_on(corpus, cfg, path, resume, log):
@@ -1354,8 +1346,10 @@ def check_output(path):
     Raises UserError now, not after the work, if it cannot be written."""
     try:
         found = Path(path).resolve()
-        if os.path.basename(path) in ("", ".", "..") or (found.exists() and not found.is_file()):
-            raise UserError(f"{str(path)!r} is not the name of a file; choose another --out")
+        if os.path.basename(path) in ("", ".", "..") or found.suffix == ".partial" or (
+                found.exists() and not found.is_file()):
+            raise UserError(f"{str(path)!r} is not the name of a file to write; choose another "
+                            "--out")
         found.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=found.parent, prefix=f".{found.name}.partial.",
                                          suffix=".unfinished"):  # the longest name that is used
@@ -1497,7 +1491,7 @@ class Progress:
         elif done / total < self.part:
             self.before, self.share = self.before + self.share / 2, self.share / 2
         self.part, now = done / total, time.perf_counter()
-        if self.name and now - self.last > 1 and sys.stderr and sys.stderr.isatty():  # None: closed
+        if self.name and now - self.last > 1 and sys.stderr and sys.stderr.isatty():  # or None
             self.last, (earlier, jobs, _) = now, self.jobs
             share = (earlier + self.before + self.share * self.part) / jobs
             left = clock((now - self.began) * (1 - share) / share) if share else "?"

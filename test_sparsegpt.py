@@ -544,7 +544,7 @@ def test_one_batch_is_overfitted(density):
 # ---- tokenizer, tasks ---------------------------------------------------------------------------
 
 TEXTS = st.text(st.sampled_from("aab \n_1(=\"'é"), max_size=40) | st.text(
-    st.characters(exclude_categories=()), max_size=60)  # surrogates too
+    max_size=60)
 
 @functools.cache
 def python_tokenizer():
@@ -553,8 +553,7 @@ def python_tokenizer():
 
 def slow_bpe(texts, vocab_size):
     """Byte-pair encoding as in a textbook: recount everything, replace everywhere."""
-    words = [list(piece.encode("utf-8", "surrogatepass")) for t in texts
-             for piece in sg.PIECES.findall(t)]
+    words = [list(piece.encode()) for t in texts for piece in sg.PIECES.findall(t)]
     merges = []
     while len(merges) < vocab_size - 257:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -1128,11 +1127,11 @@ def test_processes_of_mpirun_train_as_one(prose):
     ("--data binary", "not UTF-8"), ("--data prose.txt,,", "--data ''"),
     ("--out prose.txt/model.npz", "prose.txt"), ("--out hollow", "hollow"),
     *((f"--out={name}", "not the name of a file") for name in (
-        "new/", "new/..", "", "pipe", "/dev/null")),
+        "new/", "new/..", "", "pipe", "/dev/null", "new.npz.partial")),
     *((f"--out={name}", "cannot write") for name in ("loop", "loop/x", 5000 * "a/" + "x")),
     ("--sample x --out pipe", "not a file"), (f"--out {'x' * 239}", "name too long"),
     *((f"--out {name}", "not a checkpoint") for name in (
-        "short.txt", "other.zip", "format.npz", "new.npz.partial", "cut.npz")),
+        "short.txt", "other.zip", "format.npz", "cut.npz")),
     # A lock that cannot be had, or else both would run: a folder, a link to a file.
     *((f"--out {name}", "cannot lock") for name in ("folder.npz", "link.npz")),
     ("--out run.npz", "unfinished run"), ("--sample x --bench", "not allowed with"),
