@@ -543,8 +543,7 @@ def test_one_batch_is_overfitted(density):
 
 # ---- tokenizer, tasks ---------------------------------------------------------------------------
 
-TEXTS = st.text(st.sampled_from("aab \n_1(=\"'é"), max_size=40) | st.text(
-    max_size=60)
+TEXTS = st.text(st.sampled_from("aab \n_1(=\"'é"), max_size=40) | st.text(max_size=60)
 
 @functools.cache
 def python_tokenizer():
