@@ -2000,7 +2000,8 @@ def settings_of(given):
     return Settings(**{name: given[name] for name in names if name in given})
 
 
-MODES = ("show", "check", "explain", "head", "trace", "predict", "ask", "set", "ablate")  # the first given
+# The first of these that is given is the mode.
+MODES = ("show", "check", "explain", "head", "trace", "predict", "ask", "set", "ablate")
 # The modes that look at a flag. Elsewhere it is refused, as it would mislead.
 USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "restore", "seeds"),
                         {"search"}) | dict(

@@ -452,9 +452,9 @@ def look(model, text, name, back=1, share=0.8, most=60):
     for branch in large:
         c = branch.node[2]
         q, k = one.value[f"h{block}.q"][t, c], one.value[f"h{block}.k"][:, c]
-        lines.append(f"{branch.amount:+8.3f}  channel {c}: query {q:+.2f} x key {k[s]:+.2f}" + (
-            f", less that of {k[other]:+.2f}" if other < len(ids) else "")
-            + f", over {np.sqrt(cfg.d_head):g}")
+        key = f"(key {k[s]:+.2f} less {k[other]:+.2f})" if other < len(ids) else f"key {k[s]:+.2f}"
+        lines.append(f"{branch.amount:+8.3f}  channel {c}: query {q:+.2f} x {key}"
+                     f" / {np.sqrt(cfg.d_head):g}")
     lines, nodes = [*lines, f"{rest:+8.3f}  other channels"], []
     for what, held, tree in ("keys", "queries", keys), ("queries", "keys", queries):
         more, printed = tree_lines(tree, followed, least, [prune.token(model, i) for i in ids])
