@@ -1095,8 +1095,8 @@ def train(cfg, resume=False, log=print):
             if path.exists():
                 read_parts(path)
         except Exception as e:
-            raise UserError(f"--out {cfg.out} is not a checkpoint of this source ({e}); choose "
-                            "another name") from e
+            raise UserError(f"--out {cfg.out} exists and is not a checkpoint of this source; "
+                            "choose another name") from e
         corpus = load_corpus(cfg, log)
         model = train_on(corpus, cfg, path, resume, log)
         print_results(model, corpus.val, log)
@@ -1369,8 +1369,9 @@ def locked(path):
         folder, lock = path.parent, path.with_name(f".{path.name}.lock")
         name = re.escape(path.name) + r"(\.partial)?"
     try:
-        # Neither through a link, nor waiting at a pipe.
-        descriptor = os.open(lock, os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        # Neither through a link, nor waiting at a pipe; for writing, as NFS asks.
+        mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(lock, mode, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.fstat(descriptor).st_nlink:
             raise BlockingIOError  # its owner ends at this moment, and has just removed it

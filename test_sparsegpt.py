@@ -1129,7 +1129,7 @@ def test_processes_of_mpirun_train_as_one(prose):
         "new/", "new/..", "", "pipe", "/dev/null", "new.npz.partial")),
     *((f"--out={name}", "cannot write") for name in ("loop", "loop/x", 5000 * "a/" + "x")),
     ("--sample x --out pipe", "not a file"), (f"--out {'x' * 239}", "name too long"),
-    *((f"--out {name}", "not a checkpoint") for name in (
+    *((f"--out {name}", "is not a checkpoint") for name in (
         "short.txt", "other.zip", "format.npz", "cut.npz")),
     # A lock that cannot be had, or else both would run: a folder, a link to a file.
     *((f"--out {name}", "cannot lock") for name in ("folder.npz", "link.npz")),
