@@ -201,7 +201,7 @@ class PruningTask:
         not: see docs/defaults.md.)"""
         target = self.settings.target if target is None else target
         return self.loss(mask) <= target and (
-            self.carries(mask) and self.restored_loss(mask, target) <= target)
+            self.carries(mask, target) and self.restored_loss(mask, target) <= target)
 
     def restored_loss(self, mask, most=math.inf):
         """`loss`, or if larger, the mean with other nodes restored: for every pair others, in all
@@ -215,25 +215,25 @@ class PruningTask:
                     break
         return max(loss, total / n)
 
-    def carries(self, mask):
+    def carries(self, mask, target):
         """Whether the full model gives the other answer where the mask's nodes take the values of
-        the pair's other prompt: its loss, with right and wrong swapped, is at most half of chance.
-        Always true for `restore` under 1, and where not even all nodes together do that: there the
-        last token decides."""
-        def flips(nodes):
+        the pair's other prompt: its loss, with right and wrong swapped, is at most the target, or
+        that with all nodes taken from there: where the last token decides, no node carries it.
+        Always true for `restore` under 1."""
+        def swapped(nodes):
             key = nodes.tobytes()
             if key not in self.known:
                 margin = interchanged(self.model, self.pairs_seen, nodes)
-                self.known[key] = logistic(-margin) <= HALF_CHANCE
+                self.known[key] = logistic(-margin)
             return self.known[key]
 
-        return self.settings.restore < 1 or flips(mask.nodes) or (
-            not flips(np.ones_like(mask.nodes)))
+        return self.settings.restore < 1 or swapped(mask.nodes) <= max(
+            target, swapped(np.ones_like(mask.nodes)))
 
     @functools.cached_property
     def pairs_seen(self):
-        """See `seen_pairs`, of a part of the prompts."""
-        return seen_pairs(self.model, self.judged.rows(slice(32)))
+        """See `seen_pairs`."""
+        return seen_pairs(self.model, self.judged)
 
     def size(self, mask):
         """(nodes, edges) of a mask: the numbers that are reported."""
@@ -809,8 +809,8 @@ def seen_pairs(model, prompts):
         B, T = part.ids.shape
         other, t = np.arange(B) ^ 1, np.arange(T)
         there = t + (part.last[other] - part.last)[:, None]
-        # Before the start of the other prompt stands nothing: there a node keeps its own value.
-        rows = np.where(there < 0, np.arange(B)[:, None] * T + t,
+        # Tokens that the other prompt does not have keep their own values, and so does <start>.
+        rows = np.where((there <= 0) | (t == 0), np.arange(B)[:, None] * T + t,
                         other[:, None] * T + np.minimum(there, T - 1)).reshape(-1)
         swapped = {site: x[sg.xp.asarray(rows if len(x) == len(rows) else other)]
                    for site, x in seen.items()}
@@ -1838,9 +1838,9 @@ def load_circuit(path):
 
 def verify(circuit, context):
     """Measure a circuit and its model again. Returns a line for each number or name that is not
-    as in its report; rounding differs between machines."""
+    as in its report. Rounding differs between machines, and near ties of AbsTopK with it."""
     task = PruningTask(context.model, context.frozen_values, circuit.task, circuit.settings)
-    return [*differences(circuit.report, measured(context, task, circuit.mask), "", 1e-4)]
+    return [*differences(circuit.report, measured(context, task, circuit.mask), "", 1e-3)]
 
 
 def differences(said, found, name, allowed):

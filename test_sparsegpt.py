@@ -35,7 +35,7 @@ from pathlib import Path
 import sparsegpt as sg  # before NumPy: it sets the number of BLAS threads
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, example, given, reject, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, reject, settings
 from hypothesis import strategies as st
 
 import prune
@@ -1480,8 +1480,9 @@ def test_shares_of_restored_nodes_are_spread_evenly_over_the_pairs(n, largest, s
 
 @given(cfg=configs(), seed=SEEDS)
 def test_interchanged_nodes_have_their_values_on_the_other_prompt(backend, cfg, seed):
-    """Prompt by prompt, aligned from the end; before the start of the other, nodes keep theirs."""
+    """Prompt by prompt, aligned from the end. What the other does not have, and <start>, stay."""
     model, frozen, prompts, (nodes, _) = drawn_mask(cfg, seed)
+    assume(prompts.last.min() > 0)  # after <start> comes a token
     rows, expected = [ids[None, :end + 1] for ids, end in zip(prompts.ids, prompts.last)], []
     for i, ids in enumerate(rows):
         logits_of(model.params, rows[i ^ 1], cfg, record := prune.Recorder())
@@ -1489,8 +1490,8 @@ def test_interchanged_nodes_have_their_values_on_the_other_prompt(backend, cfg, 
         class Swap(prune.Recorder):
             def forward(self, site, x, k):
                 x, other = host(sg.abstopk(x, k)[0]), host(record.seen[site])
-                n, some = min(len(x), len(other)), nodes[prune.node_slices(cfg)[site]]
-                x[-n:, some] = other[-n:, some]
+                n, some = min(len(x), len(other)) - 1, nodes[prune.node_slices(cfg)[site]]
+                x[len(x) - n:, some] = other[len(other) - n:, some]
                 return dev(x)
         expected.append(logits_of(model.params, ids, cfg, Swap())[0, -1])
     found = prune.interchanged(model, prune.seen_pairs(model, prompts), nodes)
@@ -1510,10 +1511,10 @@ def test_a_circuit_holds_alone_and_beside_others_and_carries_the_answer(cues):
         assert not task.holds(mask.without([prune.node_number(node, task.model.cfg)]))
     for name in "loss", "restored_loss", "carries":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(task, name, lambda mask, name=name: False if name == "carries" else 9.0)
+            patch.setattr(task, name, lambda *_, name=name: False if name == "carries" else 9.0)
             assert not task.holds(mask)
     idle = np.arange(368) == prune.node_number("h0.neuron.20", task.model.cfg)
-    assert task.carries(nodes) and not task.carries(prune.CircuitMask(idle))
+    assert task.carries(nodes, 0.15) and not task.carries(prune.CircuitMask(idle), 0.15)
 
 ENDS = dict(wqkv=["attn_in", "q", "k", "v"], wo=["v", "attn_out"], wfc=["mlp_in", "neuron"],
             wproj=["neuron", "mlp_out"])

@@ -460,7 +460,8 @@ def test_the_readmes_python_runs(capsys):
 def test_the_page_on_circuit_files_names_all_that_is_in_them(capsys):
     Path("docs").symlink_to(HERE / "docs")
     page, names = (HERE / "docs" / "circuit.md").read_text("utf-8"), {}
-    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, names)
     assert set(re.findall("`([a-z_0-9]+)`", page)) >= {*names["circuit"].report, "task", "format"}
     assert {kind for _, _, kind, _ in names["circuit"].links} == {
         "edge", "residual", "attention", "token", "answer"}
