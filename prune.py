@@ -1522,7 +1522,7 @@ LEGEND = """<-, -> edges with weights (tokens and answers are not counted); == t
 the residual stream, to which tokens and blocks add. ␣ a space. Deleted: frozen at {}.
 importance: the loss if this node is deleted too, less the circuit's; model: the
 full model's loss if this node alone is deleted, less its own. values: on
-the two prompts, at the token (from the end) where they differ most; of final at the last one."""
+the two prompts, at the last token (from the end) where they differ by half of the most."""
 CHECKS_HEAD = """checks (a circuit's loss passes up to twice the target, one without it from 0.35),
 then the same search where there should be no circuit"""
 
@@ -1629,6 +1629,19 @@ def reading_lines(node, kind):
         for before, token, value, *after in node[kind][side])])]  # older files: nothing after
 
 
+def gaps(values):
+    """A node's values on one prompt less those on the other, token by token from the end. No token
+    is compared with <start>."""
+    return [x - y for x, y in zip(*(row[:0:-1] for row in values))] or [0.0]
+
+
+def telling(values):
+    """The token, counted from the end, that tells a node's values on two prompts apart: the last
+    at which they differ by half of the most, as what differs early is often moved on."""
+    sizes = [abs(gap) for gap in gaps(values)]
+    return next(t for t, size in enumerate(sizes, 1) if size >= max(sizes) / 2)
+
+
 def head_block(head, verbose):
     """[line] of a head of a circuit: what it looks at."""
     fixed = "" if any(n.split(".")[1] == "q" for n in head["nodes"]) else (
@@ -1659,9 +1672,7 @@ def blocks(circuit, verbose):
             out.append(head_block(heads[name], verbose))
         if name in minor and not verbose:
             continue
-        back = 1 if name.rpartition(".")[0] == "final" else max(
-            range(1, max(2, min(map(len, values)))),  # no token is compared with <start>
-            key=lambda t: abs(values[0][-t] - values[1][-t]))
+        back = telling(values)
         tokens = " | ".join(dict.fromkeys(
             sg.one_line(p[-back], "␣") for p in report["example"]["prompts"]))
         beside = f", model {node['in_model']:6.3f}" if "in_model" in node else ""  # of older files

@@ -214,25 +214,18 @@ def arrange(heads, hops):
 
 # ---- pictures and tables ------------------------------------------------------------------------
 
-def gaps(values):
-    """A node's values on one prompt less those on the other, token by token from the end."""
-    return [x - y for x, y in zip(*(row[::-1] for row in values))]
-
-
 def differing(example):
     """The names of the nodes that differ between two prompts, counted from the end."""
     return [name for name, values in example["values"].items()
-            if max(map(abs, gaps(values))) > SAME]
+            if max(map(abs, prune.gaps(values))) > SAME]
 
 
 def telling_token(node, example):
     """The token that a node's box shows, as KEY has it, as text for HTML."""
     values = example["values"][node["name"]]
-    sizes = [abs(gap) for gap in gaps(values)]
-    if max(sizes) <= SAME:
+    if max(map(abs, prune.gaps(values))) <= SAME:
         return ""
-    # What differs early is often moved on: the last such token is nearest to the answer.
-    back = next(t for t, size in enumerate(sizes, 1) if size >= max(sizes) / 2)
+    back = prune.telling(values)
     _, up, token = max((abs(row[-back] - node["mean"]), row[-back] > node["mean"], tokens[-back])
                        for row, tokens in zip(values, example["prompts"]))
     return f"{'↑' if up else '↓'} {visible(token, '␣', 7)}"
@@ -322,7 +315,7 @@ def heat_map(report):
     example, rows = report["example"], []
     importance = {node["name"]: max(0, node["importance"]) for node in report["nodes"]}
     shades = {name: [math.copysign(abs(gap * importance[name]) ** 0.5, gap)
-                     for gap in gaps(example["values"][name])] for name in differing(example)}
+                     for gap in prune.gaps(example["values"][name])] for name in differing(example)}
     if not shades:
         return ""
     largest = max(max(map(abs, row)) for row in shades.values()) or 1

@@ -136,11 +136,12 @@ def test_a_large_circuit_is_drawn_by_its_most_important_nodes(cues, monkeypatch)
         assert len({*ids}) == len(ids) and f"the 5 most important of {len(NODES)}" in text
 
 @pytest.mark.parametrize("values, shown", [
-    ([[9, 5, 1, 0], [0, 0, 0]], "↑ if"), ([[9, 1, 0, 0], [-5, 0, 0]], "↓ while"),
-    ([[0, 4, 3, 2], [0, 0, 0]], "↑ y"), ([[9, 4, 2, 2], [4, 2, 2]], "")])
+    ([[9, 8, 5, 1], [8, 0, 0]], "↑ x"), ([[0, 0, 1, 0], [0, -5, 0]], "↓ while"),
+    ([[9, 0, 4, 3], [0, 0, 0]], "↑ y"), ([[0, 9, 4, 2], [9, 4, 2]], "")])
 def test_a_box_shows_the_last_token_at_which_the_prompts_differ(values, shown):
-    """By half of the most, where it is farther from its mean; nothing if there is no such."""
-    example = dict(prompts=[["<start>", "if", "x", "y"], ["while", "x", "y"]])
+    """By half of the most, where it is farther from its mean; nothing if there is no such. No token
+    is compared with <start>."""
+    example = dict(prompts=[["<start>", "if", "x", "y"], ["<start>", "while", "y"]])
     example["values"] = {"final.0": values}
     node = dict(name="final.0", mean=0.5)
     assert draw.telling_token(node, example) == shown
