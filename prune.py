@@ -217,9 +217,9 @@ class PruningTask:
 
     def carries(self, mask, target):
         """Whether the full model gives the other answer where the mask's nodes take the values of
-        the pair's other prompt: its loss, with right and wrong swapped, is at most the target, or
-        that with all nodes taken from there: where the last token decides, no node carries it.
-        Always true for `restore` under 1."""
+        the pair's other prompt: its loss, with right and wrong swapped, is at most the target.
+        Always true for `restore` under 1, and where not even all nodes together do that: there the
+        last token decides."""
         def swapped(nodes):
             key = nodes.tobytes()
             if key not in self.known:
@@ -227,8 +227,8 @@ class PruningTask:
                 self.known[key] = logistic(-margin)
             return self.known[key]
 
-        return self.settings.restore < 1 or swapped(mask.nodes) <= max(
-            target, swapped(np.ones_like(mask.nodes)))
+        return self.settings.restore < 1 or swapped(mask.nodes) <= target or (
+            swapped(np.ones_like(mask.nodes)) > target)
 
     @functools.cached_property
     def pairs_seen(self):
@@ -1171,8 +1171,8 @@ def make_circuit(context, task, result):
     report, kept = measured(context, task, mask), np.flatnonzero(mask.nodes)
     bias, effect = effective_bias(model, mask, task.frozen_values), importance(task, mask)
     in_model = importance_in_model(task, kept)
-    for n, node, reading in zip(kept, report["nodes"], node_readings(context, task, kept)):
-        node |= dict(importance=effect[n], in_model=in_model[n], bias=bias.get(n), **reading)
+    for n, node, reading in zip(kept, report["nodes"], node_readings(model, kept)):
+        node |= dict(importance=effect[n], in_model=in_model[n], bias=bias.get(n), text=reading)
     shortest = np.argmin(task.pool.last.reshape(-1, 2).max(1))
     pair = task.pool.rows(2 * shortest + np.arange(2))
     example, heads = pair_readings(model, mask, task.frozen_values, pair,
@@ -1407,33 +1407,26 @@ def values_of(seen, nodes, cfg):
 def extremes(model, values, ids, n=5):
     """{"high": [[text before, token, value, text after]], "low": ...}: the n tokens with the
     largest and the smallest of values [B, T], each token once: else most rows would be of one, and
-    not show at what else a node is high. NaN marks positions that do not count."""
+    not show at what else a node is high."""
     out = {}
     for side, sign in (("high", -1), ("low", 1)):
-        rows, order = {}, np.argsort(sign * values, axis=None, kind="stable")  # NaN comes last
+        rows, order = {}, np.argsort(sign * values, axis=None, kind="stable")
         for b, t in zip(*np.unravel_index(order, values.shape)):
-            if len(rows) == n or np.isnan(values[b, t]):
-                break
-            if ids[b, t] not in rows:
-                after = ids[b, t + 1:t + 5][~np.isnan(values[b, t + 1:t + 5])]
+            if len(rows) < n and ids[b, t] not in rows:
                 before, after = ("".join(token(model, i) for i in part)
-                                 for part in (ids[b, max(0, t - 6):t], after))
+                                 for part in (ids[b, max(0, t - 6):t], ids[b, t + 1:t + 5]))
                 rows[ids[b, t]] = [before[-24:], token(model, ids[b, t]),
                                    round(float(values[b, t]), 4), after[:12]]
         out[side] = list(rows.values())
     return out
 
 
-def node_readings(context, task, nodes):
-    """[{"task": `extremes` on the task's prompts, "text": on training text}] of some nodes."""
-    model, pool, out = context.model, task.pool, [{} for _ in nodes]
-    for kind, ids, valid in (("task", pool.ids, pool.inside()), ("text", model.text, True)):
-        parts = (ids[i:i + 4] for i in range(0, len(ids), 4))  # small, as all nodes are recorded
-        values = np.concatenate([values_of(observe(model, part)[1], nodes, model.cfg)
-                                 for part in parts]).reshape(*ids.shape, len(nodes))
-        for i, reading in enumerate(out):
-            reading[kind] = extremes(model, np.where(valid, values[..., i], np.nan), ids)
-    return out
+def node_readings(model, nodes):
+    """[`extremes` on training text] of some nodes."""
+    parts = (model.text[i:i + 4] for i in range(0, len(model.text), 4))  # all nodes are recorded
+    values = np.concatenate([values_of(observe(model, part)[1], nodes, model.cfg)
+                             for part in parts]).reshape(*model.text.shape, len(nodes))
+    return [extremes(model, values[..., i], model.text) for i in range(len(nodes))]
 
 
 def effective_bias(model, mask, frozen_values):
@@ -1503,13 +1496,8 @@ def pair_readings(model, mask, frozen_values, pair, overlap):
             rows = [np.rint(100 * weights[t, :t + 1]).astype(int).tolist()
                     for t in range(len(tokens))]
             attends.append(dict(context="".join(tokens[1:]), at=tokens[-1], to=to, rows=rows))
-        sink, table = (model.params.get(f"h{i}.attn.{name}") for name in ("sink", "relbias"))
-        bias = np.zeros(0) if table is None else sg.to_host(table[head])[:pair.ids.shape[1]]
         nodes = [node_name(n, cfg) for n in heads_of(mask, cfg)[i, head]]
-        heads.append(dict(name=f"h{i}.head.{head}", nodes=nodes,
-                          attends=attends, sink=None if sink is None else float(sink[head]),
-                          distances=[[int(d), float(bias[d])] for d in np.argsort(-bias)[:3]],
-                          overlap=share))
+        heads.append(dict(name=f"h{i}.head.{head}", nodes=nodes, attends=attends, overlap=share))
     margin = [round(float(x), 3) for x in margins(logits, pair)]
     return dict(prompts=prompts, answers=[token(model, i) for i in pair.right], margins=margin,
                 values=values), heads
@@ -1621,12 +1609,12 @@ def wire_texts(report, most=3):
     return before, after
 
 
-def reading_lines(node, kind):
-    """[line] of where a node of a report is highest and lowest, see `extremes`: its value, then
-    the [token] in its text. kind: "task" or "text"."""
-    return [line for side in ("high", "low") for line in packed([f"{kind} {side}", *(
-        f"{value:+.2f} {before[-12:]}[{sg.one_line(token, '␣')}]{''.join(after)[:6]}"
-        for before, token, value, *after in node[kind][side])])]  # older files: nothing after
+def reading_lines(node):
+    """[line] of where a node of a report is highest and lowest in training text, see `extremes`:
+    its value, then the [token] in its text."""
+    return [line for side in ("high", "low") for line in packed([side, *(
+        f"{value:+.2f} {before[-12:]}[{sg.one_line(token, '␣')}]{after[:6]}"
+        for before, token, value, after in node["text"][side])])]
 
 
 def gaps(values):
@@ -1642,7 +1630,7 @@ def telling(values):
     return next(t for t, size in enumerate(sizes, 1) if size >= max(sizes) / 2)
 
 
-def head_block(head, verbose):
+def head_block(head):
     """[line] of a head of a circuit: what it looks at."""
     fixed = "" if any(n.split(".")[1] == "q" for n in head["nodes"]) else (
         "; its queries are frozen")
@@ -1651,10 +1639,6 @@ def head_block(head, verbose):
     lines += packed(f"end of prompt {i}: looks at " + ", ".join(
         f"{sg.one_line(t, '␣')} {w:.2f}" for t, w in a["to"][:3])
         for i, a in enumerate(head["attends"], 1))
-    if verbose:
-        sink = "none" if head["sink"] is None else f"{head['sink']:+.2f}"
-        lines.append(f"    logits: sink {sink}" + "".join(
-            f", {d} back {x:+.2f}" for d, x in head["distances"]))
     return lines
 
 
@@ -1669,21 +1653,20 @@ def blocks(circuit, verbose):
     for node in report["nodes"]:
         name, values = node["name"], report["example"]["values"][node["name"]]
         if name in heads:
-            out.append(head_block(heads[name], verbose))
+            out.append(head_block(heads[name]))
         if name in minor and not verbose:
             continue
         back = telling(values)
         tokens = " | ".join(dict.fromkeys(
             sg.one_line(p[-back], "␣") for p in report["example"]["prompts"]))
-        beside = f", model {node['in_model']:6.3f}" if "in_model" in node else ""  # of older files
-        block = [f"{name:<16} importance {node['importance']:6.3f}{beside}   values "
-                 f"{values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
+        block = [f"{name:<16} importance {node['importance']:6.3f}, model {node['in_model']:6.3f}   "
+                 f"values {values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
         block += packed(before[name] + after[name])
         if verbose:
             bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"
             block.append(f"    bias and frozen inputs {bias}, {circuit.settings.ablation} "
                          f"{node['mean']:+.3f}")
-            block += reading_lines(node, "task") + reading_lines(node, "text")
+            block += reading_lines(node)
         out.append(block)
     if minor and not verbose:
         out.append([f"and {len(minor)} of less than a tenth of the largest importance"])
@@ -1700,7 +1683,7 @@ def next_commands(circuit, flags="", out=""):
     text = shlex.quote("".join(prompt[1:]).replace("⏎", "\n").replace("⇥", "\t"))
     lines = f"next:{start}{out} --explain{start}{out} --ask {text}"
     if nodes:
-        most = max(nodes, key=lambda node: node.get("in_model", node["importance"]))
+        most = max(nodes, key=lambda node: node["in_model"])
         lines += f"{start} --ablate {most['name']}"
     return lines
 
@@ -1789,7 +1772,7 @@ def start_worker(added):
 
 # ---- files --------------------------------------------------------------------------------------
 
-FORMAT = "sparsegpt-circuit-6"  # the version of a circuit's file
+FORMAT = "sparsegpt-circuit-7"  # the version of a circuit's file
 
 
 def digest(content):

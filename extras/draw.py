@@ -360,12 +360,12 @@ def node_rows(circuit):
            "and the training text at which the node is highest and lowest</p>\n"]
     for first, *rest in prune.blocks(circuit, True):
         name = first.split()[0]
-        edges = takewhile(lambda line: not line.startswith("    task "), rest)
+        edges = takewhile(lambda line: not line.startswith("    high "), rest)
         out.append(f"<details><summary>{visible(first)}</summary>"
                    f'<pre id="{visible(name)}">{lines_of(chr(10).join(edges))}</pre>\n')
-        for side, windows in nodes.get(name, {}).items():  # older files: no text after a token
+        for side, windows in nodes.get(name, {}).items():
             rows = [f"{value:+8.2f}  {visible(f'{before:>24}')}<mark>{visible(token, '␣')}</mark>"
-                    f"{visible(''.join(after))}" for before, token, value, *after in windows]
+                    f"{visible(after)}" for before, token, value, after in windows]
             out.append("\n".join([f"<pre>{visible(side)}", *rows]) + "</pre>")
         out.append("</details>\n")
     return "".join(out)

@@ -68,7 +68,7 @@ def explain(circuit, model, text=None, columns=5):
     lines += ["", "where these are highest and lowest in training text, a row for each [token]"]
     for node in circuit.report["nodes"]:
         if node["name"] in names:
-            lines += [node["name"], *prune.reading_lines(node, "text")]
+            lines += [node["name"], *prune.reading_lines(node)]
     return lines if own["values"] else ["the circuit has no nodes"]
 
 
