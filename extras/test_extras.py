@@ -469,6 +469,21 @@ def test_the_page_on_circuit_files_names_all_that_is_in_them(capsys):
     assert {node for link in names["circuit"].links for node in link[:2]} >= {
         *names["circuit"].nodes}  # none stands apart
 
+def test_the_lesson_prints_what_it_says(capsys):
+    """Every command of it, and every line that is quoted below one."""
+    for name in "docs", "prune.py":
+        Path(name).symlink_to(HERE / name)
+    page = (HERE / "docs" / "lesson.md").read_text("utf-8")
+    commands = re.split("(?m)^    (?=python )", page)[1:]
+    for command, *below in (part.split("\n") for part in commands):
+        words = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], check=True,
+                               capture_output=True, text=True).stdout.split("\0")[2:-1]
+        status, out, _ = run_main(capsys, *words, main=prune.main)
+        assert status == 0
+        for line in below:
+            assert not line.startswith("    ") or line.strip() in out
+    assert len(commands) == 8
+
 
 # ---- predictions --------------------------------------------------------------------------------
 
