@@ -1334,8 +1334,8 @@ def check_constants(task, mask):
     """Deleted values of heads are constants after attention too."""
     runner = PlainRunner(task.model, task.frozen_values, task.judged, constant=True)
     loss = logistic(runner.margins(mask))
-    return loss_check(task.settings, "true constants", loss, "deleted values of heads frozen after "
-                      f"attention, whatever goes to its sink: loss {loss:.3f}")
+    return loss_check(task.settings, "true constants", loss, "deleted values of heads frozen "
+                      f"after attention, whatever goes to its sink: loss {loss:.3f}")
 
 
 def attention_overlap(task, mask):
@@ -1659,8 +1659,8 @@ def blocks(circuit, verbose):
         back = telling(values)
         tokens = " | ".join(dict.fromkeys(
             sg.one_line(p[-back], "␣") for p in report["example"]["prompts"]))
-        block = [f"{name:<16} importance {node['importance']:6.3f}, model {node['in_model']:6.3f}   "
-                 f"values {values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
+        block = [f"{name:<16} importance {node['importance']:6.3f}, model {node['in_model']:6.3f}"
+                 f"   values {values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
         block += packed(before[name] + after[name])
         if verbose:
             bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"

@@ -315,7 +315,8 @@ def heat_map(report):
     example, rows = report["example"], []
     importance = {node["name"]: max(0, node["importance"]) for node in report["nodes"]}
     shades = {name: [math.copysign(abs(gap * importance[name]) ** 0.5, gap)
-                     for gap in prune.gaps(example["values"][name])] for name in differing(example)}
+                     for gap in prune.gaps(example["values"][name])]
+              for name in differing(example)}
     if not shades:
         return ""
     largest = max(max(map(abs, row)) for row in shades.values()) or 1
@@ -364,8 +365,9 @@ def node_rows(circuit):
         out.append(f"<details><summary>{visible(first)}</summary>"
                    f'<pre id="{visible(name)}">{lines_of(chr(10).join(edges))}</pre>\n')
         for side, windows in nodes.get(name, {}).items():
-            rows = [f"{value:+8.2f}  {visible(f'{before:>24}')}<mark>{visible(token, '␣')}</mark>"
-                    f"{visible(after)}" for before, token, value, after in windows]
+            rows = [f"{value:+8.2f}  {visible(f'{before:>24}')}"
+                    f"<mark>{visible(token, '␣')}</mark>{visible(after)}"
+                    for before, token, value, after in windows]
             out.append("\n".join([f"<pre>{visible(side)}", *rows]) + "</pre>")
         out.append("</details>\n")
     return "".join(out)
