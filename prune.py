@@ -1660,7 +1660,8 @@ def blocks(circuit, verbose):
         tokens = " | ".join(dict.fromkeys(
             sg.one_line(p[-back], "␣") for p in report["example"]["prompts"]))
         block = [f"{name:<16} importance {node['importance']:6.3f}, model {node['in_model']:6.3f}"
-                 f"   values {values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, {tokens}"]
+                 f"   values {values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, "
+                 + tokens]
         block += packed(before[name] + after[name])
         if verbose:
             bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"
