@@ -1507,7 +1507,8 @@ def pair_readings(model, mask, frozen_values, pair, overlap):
 # It is made from a circuit's report, without the model.
 
 LEGEND = """<-, -> edges with weights (tokens and answers are not counted); == the same channel of
-the residual stream, to which tokens and blocks add. ␣ a space. Deleted: frozen at {}.
+the residual stream, to which tokens and blocks add, and which is then divided by the stream's RMS.
+␣ a space. Deleted: frozen at {}.
 importance: the loss if this node is deleted too, less the circuit's; model: the
 full model's loss if this node alone is deleted, less its own. values: on
 the two prompts, at the last token (from the end) where they differ by half of the most."""
@@ -1617,16 +1618,17 @@ def reading_lines(node):
         for before, token, value, after in node["text"][side])])]
 
 
-def gaps(values):
-    """A node's values on one prompt less those on the other, token by token from the end. No token
-    is compared with <start>."""
-    return [x - y for x, y in zip(*(row[:0:-1] for row in values))] or [0.0]
+def gaps(values, mean):
+    """A node's values on one prompt less those on the other, token by token from the end, without
+    <start>. Tokens that the other prompt does not have are compared with the node's mean."""
+    return [x - y for x, y in itertools.zip_longest(
+        *(row[:0:-1] for row in values), fillvalue=mean)] or [0.0]
 
 
-def telling(values):
+def telling(values, mean):
     """The token, counted from the end, that tells a node's values on two prompts apart: the last
     at which they differ by half of the most, as what differs early is often moved on."""
-    sizes = [abs(gap) for gap in gaps(values)]
+    sizes = [abs(gap) for gap in gaps(values, mean)]
     return next(t for t, size in enumerate(sizes, 1) if size >= max(sizes) / 2)
 
 
@@ -1656,12 +1658,12 @@ def blocks(circuit, verbose):
             out.append(head_block(heads[name]))
         if name in minor and not verbose:
             continue
-        back = telling(values)
-        tokens = " | ".join(dict.fromkeys(
-            sg.one_line(p[-back], "␣") for p in report["example"]["prompts"]))
+        back = telling(values, node["mean"])
+        tokens = " | ".join(dict.fromkeys(  # a prompt may be too short for it
+            sg.one_line(p[-back], "␣") for p in report["example"]["prompts"] if back < len(p)))
+        at = (f"{row[-back]:+7.2f}" if back < len(row) else f"{'-':>7}" for row in values)
         block = [f"{name:<16} importance {node['importance']:6.3f}, model {node['in_model']:6.3f}"
-                 f"   values {values[0][-back]:+7.2f} {values[1][-back]:+7.2f}  at -{back}, "
-                 + tokens]
+                 f"   values {' '.join(at)}  at -{back}, {tokens}"]
         block += packed(before[name] + after[name])
         if verbose:
             bias = "none" if node["bias"] is None else f"{node['bias']:+.3f}"
@@ -1852,13 +1854,17 @@ def differences(said, found, name, allowed):
         yield f"{name.strip()}: the file says {said}, the model gives {found}"
 
 
+def included_path(task):
+    """Where the circuit of a task that comes with the source is, if there is one."""
+    return Path(os.path.relpath(Path(__file__).with_name("docs") / "circuits" / f"{task}.json"))
+
+
 def saved_path(name, given):
     """The path of a saved circuit, by its file or its task: in --out or, if there is none, of the
     one that comes with the source; a line on stderr says so."""
     if name.endswith(".json") or Path(name).is_file():
         return Path(name)
-    path = Path(given.get("out", "circuits"), f"{name}.json")
-    included = Path(os.path.relpath(Path(__file__).with_name("docs") / "circuits" / path.name))
+    path, included = Path(given.get("out", "circuits"), f"{name}.json"), included_path(name)
     if "out" in given or path.exists() or not included.exists():
         return path
     print(f"there is no {path}: using {included}, an included circuit", file=sys.stderr)
@@ -1954,8 +1960,8 @@ def make_parser():
             (parser, "pairs", number, "prompt pairs in a step of mask training (default 8)"),
             (parser, "seeds", number, "searches that are compared (default 2)"),
             (parser, "contexts", number, "with --predict: contexts of each prompt (default 8)"),
-            (parser, "answers", dict(nargs=2, metavar="ANSWER"), "with --ask "
-             "or --trace: the two to compare"),
+            (parser, "answers", dict(nargs=2, metavar="ANSWER"), "with --ask, "
+             "--explain PROMPT or --trace: the two to compare"),
             (modes, "show", file, "print a saved circuit, by its file or its task"),
             (modes, "check", file, "compute a saved circuit's losses again"),
             (modes, "explain", dict(prompt, nargs="?"), "print the values of the saved circuit's "
@@ -2001,7 +2007,7 @@ MODES = ("show", "check", "explain", "head", "trace", "predict", "ask", "set", "
 USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "restore", "seeds"),
                         {"search"}) | dict(
     seed={"search", "predict", "set", "ablate"}, verbose={"search", "show"},
-    answers={"ask", "trace"}, contexts={"predict"}, trace={"head", "trace"}, at={"head"},
+    answers={"ask", "explain", "trace"}, contexts={"predict"}, trace={"head", "trace"}, at={"head"},
     set={"predict", "ask", "set"}, ablate={"predict", "ask", "ablate"},
     task={"search", "explain", "predict", "ask", "set", "ablate"})
 
@@ -2053,7 +2059,7 @@ def act(argv):
         sg.extra("predict", "no predictions are tested").predict(
             circuit, model, given["predict"], values, given.get("contexts", 8), settings.seed)
         if mode == "predict" else
-        questions.explain(circuit, model, given["explain"]) if mode == "explain" else
+        questions.explain(circuit, model, given["explain"], answers) if mode == "explain" else
         questions.ask(circuit, model, given["ask"], answers, values) if mode == "ask" else
         questions.look(model, given["trace"], given["head"], given.get("at", 1))
         if mode == "head" else

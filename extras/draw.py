@@ -214,20 +214,20 @@ def arrange(heads, hops):
 
 # ---- pictures and tables ------------------------------------------------------------------------
 
-def differing(example):
+def differing(report):
     """The names of the nodes that differ between two prompts, counted from the end."""
-    return [name for name, values in example["values"].items()
-            if max(map(abs, prune.gaps(values))) > SAME]
+    return [node["name"] for node in report["nodes"] if max(map(abs, prune.gaps(
+        report["example"]["values"][node["name"]], node["mean"]))) > SAME]
 
 
 def telling_token(node, example):
     """The token that a node's box shows, as KEY has it, as text for HTML."""
     values = example["values"][node["name"]]
-    if max(map(abs, prune.gaps(values))) <= SAME:
+    if max(map(abs, prune.gaps(values, node["mean"]))) <= SAME:
         return ""
-    back = prune.telling(values)
+    back = prune.telling(values, node["mean"])
     _, up, token = max((abs(row[-back] - node["mean"]), row[-back] > node["mean"], tokens[-back])
-                       for row, tokens in zip(values, example["prompts"]))
+                       for row, tokens in zip(values, example["prompts"]) if back < len(tokens))
     return f"{'↑' if up else '↓'} {visible(token, '␣', 7)}"
 
 
@@ -313,17 +313,18 @@ def table_row(heading, cells):
 def heat_map(report):
     """A table of the nodes' values on the two prompts. Its colours show where they differ."""
     example, rows = report["example"], []
-    importance = {node["name"]: max(0, node["importance"]) for node in report["nodes"]}
-    shades = {name: [math.copysign(abs(gap * importance[name]) ** 0.5, gap)
-                     for gap in prune.gaps(example["values"][name])]
-              for name in differing(example)}
+    nodes = {node["name"]: node for node in report["nodes"]}
+    shades = {name: [math.copysign(abs(gap * max(0, nodes[name]["importance"])) ** 0.5, gap)
+                     for gap in prune.gaps(example["values"][name], nodes[name]["mean"])]
+              for name in differing(report)}
     if not shades:
         return ""
     largest = max(max(map(abs, row)) for row in shades.values()) or 1
     for name, row in shades.items():
         cells = []
         for own, sign in zip(example["values"][name], (1, -1)):
-            padded = [*row[:len(own)], *[0] * (len(own) - len(row))][::-1]
+            row = row[:len(own) - 1]  # all but <start>
+            padded = [*row, *[0] * (len(own) - len(row))][::-1]
             cells += [(0, ""), *((sign * shade / largest, f"{x:.2f}")
                                  for shade, x in zip(padded, own))]
         rows.append(table_row(name, cells))

@@ -10,6 +10,7 @@ does. The command line is that of prune.py:
 Every question returns lines of text.
 """
 import itertools
+import textwrap
 import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,24 +30,26 @@ def frozen_values(circuit, model):
     return prune.ModelContext(model, circuit.settings.ablation).frozen_values
 
 
-def explain(circuit, model, text=None, columns=5):
+def explain(circuit, model, text=None, answers=None, columns=5):
     """Each node of a circuit in it and in the full model, at each token of its pair of prompts;
-    nodes that are alike on both are left out. Or of a prompt of one's own, below what both answer.
-    Then what the circuit's heads look at from the last token, most first, and where these nodes
-    are highest and lowest in training text. A list of lines."""
+    nodes that are alike on both are left out. Or of a prompt of one's own, below what both answer,
+    see `ask`. Then what the margin is made of, what the circuit's heads look at from the last
+    token, most first, and where these nodes are highest and lowest in training text. A list of
+    lines."""
     cfg, s, lines = model.cfg, circuit.settings, []
     if text is None:
         pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
         prompts = pool.rows(2 * np.argmin(pool.last.reshape(-1, 2).max(1)) + np.arange(2))
     else:
-        prompts, lines = prune.own_prompt(model, text), ask(circuit, model, [text])
+        prompts = prune.own_prompt(model, text, answers)
+        lines = ask(circuit, model, [text], answers)
     heads = dict.fromkeys(prune.heads_of(circuit.mask, cfg), 1.0)
     (own, looks), (full, looked) = (
         prune.pair_readings(model, mask, frozen_values(circuit, model), prompts, heads)
         for mask in (circuit.mask, prune.every_node(cfg)))
     names = list(own["values"])
     if text is None:
-        names = sg.extra("draw", "prompts are not compared").differing(own)
+        names = sg.extra("draw", "prompts are not compared").differing(circuit.report)
         if left := len(own["values"]) - len(names):
             lines = [f"{left} nodes that do not differ between the prompts are left out"]
     which = [*enumerate(own["prompts"])]
@@ -60,7 +63,14 @@ def explain(circuit, model, text=None, columns=5):
         lines += [f"{token:<14}" + "".join(f"{side['values'][name][p][t] + 0:8.2f}"  # + 0: no -0
                                            for name in some for side in (own, full))
                   for t, token in enumerate(tokens)]
-    lines += [""] * bool(heads)
+    lines.append("")
+    if text is None or answers:
+        for (p, _), (side, said) in itertools.product(which, (("circuit", own), ("model", full))):
+            finals = {name: said["values"][name][p][-1] for name in own["values"]
+                      if name.startswith("final.")}
+            lines += textwrap.wrap(f"margin of prompt {p + 1}, {side:<7} " + margin_sum(
+                model, said["margins"][p], prompts.right[p], prompts.wrong[p], finals), 99,
+                subsequent_indent="    ")
     for (p, _), *both in itertools.product(which, zip(looks, looked)):
         for side, head in zip(("circuit", "model"), *both):
             lines.append(f"{head['name']}, end of prompt {p + 1}, {side:<7} looks at " + ", ".join(
@@ -70,6 +80,18 @@ def explain(circuit, model, text=None, columns=5):
         if node["name"] in names:
             lines += [node["name"], *prune.reading_lines(node)]
     return lines if own["values"] else ["the circuit has no nodes"]
+
+
+def margin_sum(model, margin, right, wrong, values):
+    """A margin as a sum: of values of final channels, {name: value}, times their weight for it."""
+    w = sg.to_host(sg.unembedding(model.params)).astype(float)
+    parts = [(value, w[int(name[6:]), right] - w[int(name[6:]), wrong], name)
+             for name, value in values.items()]
+    parts = [part for part in parts if part[1]]
+    rest = margin - sum(value * weight for value, weight, _ in parts)
+    return f"{margin:+.2f} = " + " + ".join(
+        [f"{name} {value:+.2f} x {weight:+.2f}" for value, weight, name in parts]
+        + [f"all else {rest:+.2f}"])
 
 
 def ask(circuit, model, texts, answers=None, values=None):
@@ -154,12 +176,17 @@ def intervene(model, task, values, settings):
 
 
 def overview(model, folder):
-    """The tasks with the model's binary loss, and the circuits in a folder."""
+    """The tasks with the model's binary loss, and the circuits in a folder; of this model those
+    that come with the source, too."""
     lines, scores = [f"{'task':<28}    loss   circuit in {folder}"], sg.evaluate_tasks(model)
     for task in tasks.TASKS:
         path, found = Path(folder, f"{task}.json"), "-"
         try:
-            if path.exists():
+            included = prune.included_path(task)
+            if included.exists() and not path.exists() and (
+                    circuit := prune.load_circuit(included)).is_of(model):
+                found = "included: {nodes} nodes, {edges} edges".format(**circuit.report["size"])
+            elif path.exists():
                 circuit = prune.load_circuit(path)
                 found = "{nodes} nodes, {edges} edges".format(**circuit.report["size"])
                 if circuit.task != task:
