@@ -230,13 +230,16 @@ def test_a_damaged_or_foreign_file_is_no_circuit(cues, capsys, data):
 @pytest.mark.parametrize("path", sorted(HERE.glob("docs/circuits/*.json")),
                          ids=lambda path: path.stem)
 def test_the_included_circuits_are_readable(path):
-    """Each belongs to the included model, and up to 30 nodes fit on 80 lines, without checks."""
+    """Each belongs to the included model, and up to 30 nodes fit on 80 lines, without checks. The
+    pages beside it are of it."""
     circuit = prune.load_circuit(path)
     lines = prune.listing(circuit).splitlines()
     assert circuit.is_of(sg.load_model(path.parents[1] / "long.npz")) and circuit.task == path.stem
     few = len(prune.portrait(circuit).splitlines()) <= 80
     assert max(map(len, lines)) <= 100 and (len(circuit.nodes) > 30 or few)
-    draw.page(circuit), draw.dot(circuit.report)
+    assert path.with_suffix(".html").read_text("utf-8") == draw.page(circuit)
+    row = prune.summary({circuit.task: (circuit, "")}).splitlines()[1]
+    assert row[28:] in path.with_name("summary.html").read_text("utf-8")
 
 
 # ---- the GPU ------------------------------------------------------------------------------------
