@@ -52,9 +52,10 @@ SAME = 0.005  # the largest difference between two prompts that does not count
 
 KEY = """<p class="mute">line: blue, a positive weight; orange and dashed, a negative one (width:
 relative to the largest of its kind); grey, a residual channel. Box: a channel, and the last token,
-counted from the end, at which it differs between the prompts by half of its largest difference or
-more, on the prompt where it is farther from its mean over training text (↑ above, ↓ below); no
-token: the same on both; the fainter, the less important. Tokens with the same edges share a box.
+counted from the end, at which it differs between the prompts (at a token of one alone: from its
+mean over training text) by half of its largest difference or more, on the prompt where it is
+farther from that mean (↑ above, ↓ below); no token: the same on both; the fainter, the less
+important. Tokens with the same edges share a box.
 Not drawn: token weights under a third of their node's largest, and all but 10 boxes a side.</p>"""
 
 # A node; a token, with site "token" and its text as channel; or, with site "", the point where a
