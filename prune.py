@@ -727,6 +727,11 @@ def make_prompts(model, task, n, seed, split="eval", labels="true"):
     return prompts
 
 
+def shortest_pair(prompts):
+    """The pair of Prompts that a circuit is shown on."""
+    return prompts.rows(2 * np.argmin(prompts.last.reshape(-1, 2).max(1)) + np.arange(2))
+
+
 def own_prompt(model, text, answers=None):
     """The Prompts of one prompt of one's own, with the tokens that decide between two answers, or
     with zeros in their place. Raises UserError on an unusable one."""
@@ -1173,9 +1178,7 @@ def make_circuit(context, task, result):
     in_model = importance_in_model(task, kept)
     for n, node, reading in zip(kept, report["nodes"], node_readings(model, kept)):
         node |= dict(importance=effect[n], in_model=in_model[n], bias=bias.get(n), text=reading)
-    shortest = np.argmin(task.pool.last.reshape(-1, 2).max(1))
-    pair = task.pool.rows(2 * shortest + np.arange(2))
-    example, heads = pair_readings(model, mask, task.frozen_values, pair,
+    example, heads = pair_readings(model, mask, task.frozen_values, shortest_pair(task.pool),
                                    attention_overlap(task, mask))
     ranked = bisect(rank_by_attribution(task), lambda m: task.loss(m) <= s.target)
     groups = [dict(nodes=[node_name(n, cfg) for n in group],
@@ -1412,7 +1415,9 @@ def extremes(model, values, ids, n=5):
     for side, sign in (("high", -1), ("low", 1)):
         rows, order = {}, np.argsort(sign * values, axis=None, kind="stable")
         for b, t in zip(*np.unravel_index(order, values.shape)):
-            if len(rows) < n and ids[b, t] not in rows:
+            if len(rows) == n:
+                break
+            if ids[b, t] not in rows:
                 before, after = ("".join(token(model, i) for i in part)
                                  for part in (ids[b, max(0, t - 6):t], ids[b, t + 1:t + 5]))
                 rows[ids[b, t]] = [before[-24:], token(model, ids[b, t]),
@@ -1837,7 +1842,9 @@ def verify(circuit, context):
     """Measure a circuit and its model again. Returns a line for each number or name that is not
     as in its report. Rounding differs between machines, and near ties of AbsTopK with it."""
     task = PruningTask(context.model, context.frozen_values, circuit.task, circuit.settings)
-    return [*differences(circuit.report, measured(context, task, circuit.mask), "", 1e-3)]
+    found = measured(context, task, circuit.mask)
+    return [*differences(circuit.report["losses"], found.pop("losses"), "losses", 1e-3),
+            *differences(circuit.report, found, "", 1e-4)]
 
 
 def differences(said, found, name, allowed):
@@ -2023,6 +2030,8 @@ def act(argv):
         if mode not in USED_BY.get(name, {mode}):
             raise sg.UserError(f"{'--' * (mode in given)}{mode} takes no "
                                f"{'--' * (name != 'task')}{name}")
+    if mode == "explain" and "answers" in given and given["explain"] is None:
+        raise sg.UserError("--explain takes --answers only with a PROMPT")
     if task == "all" and (mode != "search" or "verbose" in given):
         raise sg.UserError("all takes no " + ("--verbose: it prints a line a task"
                                               if mode == "search" else f"--{mode}"))

@@ -10,8 +10,8 @@ does. The command line is that of prune.py:
 Every question returns lines of text.
 """
 import itertools
-import textwrap
 import re
+import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ def explain(circuit, model, text=None, answers=None, columns=5):
     cfg, s, lines = model.cfg, circuit.settings, []
     if text is None:
         pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
-        prompts = pool.rows(2 * np.argmin(pool.last.reshape(-1, 2).max(1)) + np.arange(2))
+        prompts = prune.shortest_pair(pool)
     else:
         prompts = prune.own_prompt(model, text, answers)
         lines = ask(circuit, model, [text], answers)

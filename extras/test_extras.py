@@ -493,6 +493,13 @@ def test_the_lesson_prints_what_it_says(capsys):
                        for words, numbers in same), line
     assert len(commands) == 8
 
+def test_the_readmes_print_out_is_that_of_the_included_circuit():
+    readme = (HERE / "README.md").read_text("utf-8")
+    said = readme.partition("single_double_quote` prints:")[2].partition("## From Python")[0]
+    circuit = prune.load_circuit(HERE / "docs" / "circuits" / "single_double_quote.json")
+    lines = [line.strip() for line in prune.listing(circuit).splitlines()]
+    assert {line.strip() for line in said.splitlines()} <= {*lines, ""}
+
 
 # ---- predictions --------------------------------------------------------------------------------
 
