@@ -1497,6 +1497,15 @@ def test_interchanged_nodes_have_their_values_on_the_other_prompt(backend, cfg, 
     found = prune.interchanged(model, prune.seen_pairs(model, prompts), nodes)
     assert np.allclose(found, prune.margins(np.array(expected), prompts), 1e-8, 1e-9)
 
+def test_the_time_that_is_left_counts_all_jobs(monkeypatch, capsys):
+    """In the second of four jobs; a stage that begins anew gets half of what was left of it."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = sg.Progress("name", {"a": 0.5, "b": 0.5}, (1, 4, 0.0))
+    for now, stage, done, share in ((100, "a", 5, 1.25), (200, "b", 5, 1.75), (300, "b", 0, 1.75)):
+        monkeypatch.setattr(sg.time, "perf_counter", lambda now=now: now)
+        progress(stage, done, 10)
+        assert f"{sg.clock(now * (4 - share) / share)} left" in capsys.readouterr().err
+
 def test_a_circuit_holds_alone_and_beside_others_and_carries_the_answer(cues):
     """Each of the three is asked for. The loss beside others is the mean over the prompts."""
     task, mask = cue_task(), found_circuit().mask
