@@ -273,7 +273,7 @@ def search(task, progress, seed=0, to_clean=True):
     def of_all_runs(name, done, total, note):
         progress(name, i * total + done, max(s.runs, i + 1) * total, note)
 
-    goal, i, short = training_target(s.target, task.full_loss()), 0, True
+    goal, i, short = training_target(s, task.full_loss()), 0, True
     while i < s.runs or (short and i == s.runs):
         k_coef, lr, temperature = TRIALS[i % len(TRIALS)]
         order, tau = learn_masks(task, k_coef, lr, temperature, [seed, i], of_all_runs,
@@ -296,11 +296,12 @@ def search(task, progress, seed=0, to_clean=True):
     return SearchResult(mask, task.restored_loss(mask), stages)
 
 
-def training_target(target, full):
-    """The loss that masks are trained to, for a target and the full model's loss: midway. Masks
-    that are trained to nearly the target often end over it: see docs/defaults.md. A control, whose
-    full model is over the target, is treated like a task that the model does perfectly."""
-    return (target + (full if full < target else 0)) / 2
+def training_target(settings, full):
+    """The loss that masks are trained to, for the full model's loss: on the way from this to the
+    target. Masks that are trained to nearly the target often end over it: see docs/defaults.md. A
+    control, whose full model is over the target, is treated like a task that it does perfectly."""
+    share = 0.3 if settings.restore == 1 else 0.5
+    return share * settings.target + (1 - share) * (full if full < settings.target else 0)
 
 
 # ---- step 1: learn a mask over nodes (paper A.5) ------------------------------------------------
@@ -312,7 +313,8 @@ def learn_masks(task, k_coef, lr, temperature, seed, progress, target):
     gradient norm at most 1, rate falling to 0, tau held to [-1, 1]. Nodes are ranked by tau; those
     at 1 by the average estimated loss increase if removed. k_coef, the cost of a node, rises while
     the loss is under `target` and falls while it is over: the right cost differs ten times between
-    tasks, and a wrong one gives circuits that are far too large, or useless.
+    tasks, and a wrong one gives circuits that are far too large, or useless. Where the answer must
+    be carried, every second step trains for that, at half of the rate.
     """
     s, model = task.settings, task.model
     rng, index = np.random.default_rng([s.seed, *seed]), tau_index(model.cfg)
@@ -320,13 +322,19 @@ def learn_masks(task, k_coef, lr, temperature, seed, progress, target):
     tau = rng.normal(0.1, 0.01, len(count))
     m, v, increase = np.zeros_like(tau), np.zeros_like(tau), np.zeros_like(tau)
     n_pairs, smooth = len(task.pool.last) // 2, target
+    turns = 2 if s.restore == 1 else 1  # what a circuit must do, by turns: see docs/defaults.md
     for step in range(s.steps):
         pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
         batch = task.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
         kept = (tau >= 0)[index]
-        if s.restore:  # others are restored at random, in a quarter of the pairs none
-            kept = kept | restored_nodes(len(batch.last), s.restore, rng, model.cfg, 0.25)
-        loss, by_node = gradient(model, batch, kept, task.values_for(batch, rng))
+        if step % turns:  # as in `carries`: other values, other answers
+            batch = batch._replace(right=batch.wrong, wrong=batch.right)
+            loss, by_node = gradient(model, batch, ~kept, values_of_other(model, batch)[1])
+            by_node = -by_node
+        else:
+            if s.restore:  # others are restored at random, in a quarter of the pairs none
+                kept = kept | restored_nodes(len(batch.last), s.restore, rng, model.cfg, 0.25)
+            loss, by_node = gradient(model, batch, kept, task.values_for(batch, rng))
         by_tau = np.bincount(index, by_node)
         increase = 0.95 * increase - 0.05 * by_tau
         smooth = 0.9 * smooth + 0.1 * loss
@@ -336,7 +344,7 @@ def learn_masks(task, k_coef, lr, temperature, seed, progress, target):
         g /= max(1, math.sqrt(g @ g))
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         move = m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
-        tau = np.clip(tau - lr * (1 - step / s.steps) * (move + 1e-3 * tau), -1, 1)
+        tau = np.clip(tau - lr / turns * (1 - step / s.steps) * (move + 1e-3 * tau), -1, 1)
         progress("learning masks", step + 1, s.steps,
                  f"loss {loss:.3f}, {count[tau >= 0].sum()} nodes, ")
     rank = np.empty(len(tau), np.int64)
@@ -805,22 +813,23 @@ def resampled(model, prompts, text, rng):
 
 
 def seen_pairs(model, prompts):
-    """[(Prompts, margins [n], {site: [N, C]})] of the full model, in parts of whole pairs: the
-    values of all nodes on the pair's other prompt, aligned from the end."""
-    out = []
-    for start in range(0, len(prompts.last), 16):
-        part = prompts.rows(slice(start, start + 16))
-        logits, seen, _ = observe(model, part.ids, part.last)
-        B, T = part.ids.shape
-        other, t = np.arange(B) ^ 1, np.arange(T)
-        there = t + (part.last[other] - part.last)[:, None]
-        # Tokens that the other prompt does not have keep their own values, and so does <start>.
-        rows = np.where((there <= 0) | (t == 0), np.arange(B)[:, None] * T + t,
-                        other[:, None] * T + np.minimum(there, T - 1)).reshape(-1)
-        swapped = {site: x[sg.xp.asarray(rows if len(x) == len(rows) else other)]
-                   for site, x in seen.items()}
-        out.append((part, margins(sg.to_host(logits), part), swapped))
-    return out
+    """[(Prompts, margins [n], `values_of_other`)] of the full model, in parts of whole pairs."""
+    parts = (prompts.rows(slice(i, i + 16)) for i in range(0, len(prompts.last), 16))
+    return [(part, *values_of_other(model, part)) for part in parts]
+
+
+def values_of_other(model, prompts):
+    """(margins [n], {site: [N, C]}) of the full model: the values that all nodes have on the other
+    prompt of each pair, aligned from the end."""
+    logits, seen, _ = observe(model, prompts.ids, prompts.last)
+    B, T = prompts.ids.shape
+    other, t = np.arange(B) ^ 1, np.arange(T)
+    there = t + (prompts.last[other] - prompts.last)[:, None]
+    # Tokens that the other prompt does not have keep their own values, and so does <start>.
+    rows = np.where((there <= 0) | (t == 0), np.arange(B)[:, None] * T + t,
+                    other[:, None] * T + np.minimum(there, T - 1)).reshape(-1)
+    return margins(sg.to_host(logits), prompts), {
+        site: x[sg.xp.asarray(rows if len(x) == len(rows) else other)] for site, x in seen.items()}
 
 
 class Interchange:

@@ -44,8 +44,9 @@ def curve(task, targets, progress):
     lowest, rankings = task.full_loss(), []
     aims = [aim for aim in AIMS if aim >= min(targets)] or [min(targets)]
     for i, aim in enumerate(aims[:1 + sum(aim > lowest for aim in aims)]):
+        goal = prune.training_target(dataclasses.replace(task.settings, target=aim), lowest)
         order, tau = prune.learn_masks(task, *prune.TRIALS[0], [task.settings.seed, i], progress,
-                                       prune.training_target(aim, lowest))
+                                       goal)
         rankings.append((order, int((tau >= 0).sum())))
     out, best = [], (math.inf, math.inf, None)  # edges, nodes, mask
     for target in sorted(target for target in targets if target >= lowest):
