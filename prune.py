@@ -164,7 +164,7 @@ class PruningTask:
 
     def __init__(self, model, frozen_values, name, settings, labels="true"):
         self.model, self.frozen_values, self.name = model, frozen_values, name
-        self.settings, self.known = settings, {}  # losses, by a digest of the mask
+        self.settings, self.known = settings, {}  # what was measured, by a digest of the mask
         self.text = None if settings.ablation in ABLATIONS else model.text
         self.pool = make_prompts(model, name, 2 * settings.search_pairs, settings.seed,
                                  labels=labels)
@@ -184,9 +184,7 @@ class PruningTask:
 
     def loss(self, mask):
         """The binary loss of a mask. It is remembered: cleaning asks for many of them twice."""
-        kept = mask.nodes, *(mask.edges or {}).values()
-        key = hashlib.sha256(b"".join(np.packbits(x).tobytes() for x in kept)).digest()
-        if key not in self.known:
+        if (key := mask_key(mask)) not in self.known:
             self.known[key] = logistic(self.runner.margins(mask))
         return self.known[key]
 
@@ -200,8 +198,12 @@ class PruningTask:
         answer in the full model. (Judged by restored nodes alone, cleaning leaves circuits that do
         not: see docs/defaults.md.)"""
         target = self.settings.target if target is None else target
-        return self.loss(mask) <= target and (
-            self.carries(mask, target) and self.restored_loss(mask, target) <= target)
+        if self.loss(mask) > target:
+            return False
+        if (key := (mask_key(mask), target)) not in self.known:
+            self.known[key] = self.carries(mask, target) and (
+                self.restored_loss(mask, target) <= target)
+        return self.known[key]
 
     def restored_loss(self, mask, most=math.inf):
         """`loss`, or if larger, the mean with other nodes restored: for every pair others, in all
@@ -654,6 +656,12 @@ class CircuitMask(NamedTuple):
             else:
                 nodes[item] = False
         return CircuitMask(nodes, edges)
+
+
+def mask_key(mask):
+    """Bytes that tell masks apart, with a list of edges or without."""
+    kept = mask.nodes, *(mask.edges or {}).values()
+    return hashlib.sha256(b"".join(np.packbits(x).tobytes() for x in kept)).digest()
 
 
 def every_node(cfg):

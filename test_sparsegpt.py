@@ -1528,6 +1528,7 @@ def test_a_circuit_holds_alone_and_beside_others_and_carries_the_answer(cues):
     for name in "loss", "restored_loss", "carries":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(task, name, lambda *_, name=name: False if name == "carries" else 9.0)
+            task.known.clear()
             assert not task.holds(mask)
     idle = np.arange(368) == prune.node_number("h0.neuron.20", task.model.cfg)
     assert task.carries(nodes, 0.15) and not task.carries(prune.CircuitMask(idle), 0.15)
