@@ -220,8 +220,9 @@ class PruningTask:
     def carries(self, mask, target):
         """Whether the full model gives the other answer where the mask's nodes take the values of
         the pair's other prompt: its loss, with right and wrong swapped, is at most the target.
-        Always true for `restore` under 1, and where not even all nodes together do that: there the
-        last token decides."""
+        Only nodes on a path of the mask from a token to the logits do: others would carry nothing,
+        and turn the rest of the model over. Always true for `restore` under 1, and where not even
+        all nodes together do that: there the last token decides."""
         def swapped(nodes):
             key = nodes.tobytes()
             if key not in self.known:
@@ -229,8 +230,12 @@ class PruningTask:
                 self.known[key] = logistic(-margin)
             return self.known[key]
 
-        return self.settings.restore < 1 or swapped(mask.nodes) <= target or (
+        return self.settings.restore < 1 or swapped(self.on_paths(mask)) <= target or (
             swapped(np.ones_like(mask.nodes)) > target)
+
+    def on_paths(self, mask):
+        """Bool by node: the kept nodes that are not `disconnected_nodes`."""
+        return mask.without(disconnected_nodes(mask, self.model, self.pool)).nodes
 
     @functools.cached_property
     def pairs_seen(self):
@@ -1307,7 +1312,8 @@ def check_interchange(task, mask):
     pairs_seen = seen_pairs(model, task.held)
     own = np.concatenate([margin for _, margin, _ in pairs_seen])
     flips, drops = [], []
-    for nodes in mask.nodes, *(random_like(mask.nodes, rng, model.cfg) for _ in range(4)):
+    carrying = task.on_paths(mask)
+    for nodes in carrying, *(random_like(carrying, rng, model.cfg) for _ in range(4)):
         swapped = interchanged(model, pairs_seen, nodes)
         flips.append((swapped[own > 0] < 0).mean())
         drops.append((own - swapped).mean())
