@@ -1514,7 +1514,8 @@ def test_the_time_that_is_left_counts_all_jobs(monkeypatch, capsys):
         assert f"{sg.clock(now * (4 - share) / share)} left" in capsys.readouterr().err
 
 def test_a_circuit_holds_alone_and_beside_others_and_carries_the_answer(cues):
-    """Each of the three is asked for. The loss beside others is the mean over the prompts."""
+    """Each of the three is asked for. The loss beside others is the mean over the prompts. A node
+    carries nothing if no path of the circuit leads from it to the logits."""
     task, mask = cue_task(), found_circuit().mask
     nodes = mask._replace(edges=None)
     assert task.holds(mask) and task.holds(nodes) and task.holds(prune.every_node(wired().cfg))
@@ -1530,8 +1531,11 @@ def test_a_circuit_holds_alone_and_beside_others_and_carries_the_answer(cues):
             patch.setattr(task, name, lambda *_, name=name: False if name == "carries" else 9.0)
             task.known.clear()
             assert not task.holds(mask)
-    idle = np.arange(368) == prune.node_number("h0.neuron.20", task.model.cfg)
+    idle, start = (np.arange(368) == prune.node_number(name, task.model.cfg)
+                   for name in ("h0.neuron.20", "h0.attn_in.0"))
     assert task.carries(nodes, 0.15) and not task.carries(prune.CircuitMask(idle), 0.15)
+    swapped = prune.interchanged(task.model, task.pairs_seen, start)  # through the rest, not by itself
+    assert (swapped < 0).all() and not task.carries(prune.CircuitMask(start), 0.15)
 
 ENDS = dict(wqkv=["attn_in", "q", "k", "v"], wo=["v", "attn_out"], wfc=["mlp_in", "neuron"],
             wproj=["neuron", "mlp_out"])
