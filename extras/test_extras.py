@@ -235,7 +235,7 @@ def test_the_included_circuits_are_readable(path):
     circuit = prune.load_circuit(path)
     lines = prune.listing(circuit).splitlines()
     assert circuit.is_of(sg.load_model(path.parents[1] / "long.npz")) and circuit.task == path.stem
-    few = len(prune.portrait(circuit).splitlines()) <= 80
+    few = len(prune.portrait(circuit).partition("\n\nchecks")[0].splitlines()) <= 80
     assert max(map(len, lines)) <= 100 and (len(circuit.nodes) > 30 or few)
     assert path.with_suffix(".html").read_text("utf-8") == draw.page(circuit)
     row = prune.summary({circuit.task: (circuit, "")}).splitlines()[1]
@@ -634,7 +634,7 @@ def test_a_curve_reaches_its_targets_and_only_grows(brief, monkeypatch, ablation
     monkeypatch.setattr(compare, "AIMS", (1.05 * full, 0.9 * full, 0.8 * full))
     points = compare.curve(task, (0.3, 0.5 * full), progress)
     assert [target for target, *_ in points] == [0.3]
-    assert goals == pytest.approx([1.025 * full, 0.45 * full])
+    assert goals == pytest.approx([1.015 * full, 0.27 * full])
 
 def test_models_are_compared_alike_and_finished_rows_are_kept(brief, capsys, monkeypatch):
     """A model against itself is 1 to 1; models of unequal loss are said not to match."""
