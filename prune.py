@@ -334,7 +334,7 @@ def learn_masks(task, k_coef, lr, temperature, seed, progress, target):
         pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
         batch = task.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
         kept = (tau >= 0)[index]
-        if step % turns:  # as in `carries`: other values, other answers
+        if step % turns:  # as in `carries`: the values and the answer of the other prompt
             batch = batch._replace(right=batch.wrong, wrong=batch.right)
             loss, by_node = gradient(model, batch, ~kept, values_of_other(model, batch)[1])
             by_node = -by_node
