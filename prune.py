@@ -220,9 +220,9 @@ class PruningTask:
     def carries(self, mask, target):
         """Whether the full model gives the other answer where the mask's nodes take the values of
         the pair's other prompt: its loss, with right and wrong swapped, is at most the target.
-        Only nodes on a path of the mask from a token to the logits do: others would carry nothing,
-        and turn the rest of the model over. Always true for `restore` under 1, and where not even
-        all nodes together do that: there the last token decides."""
+        Only nodes on a path of the mask from a token to the logits do: another one carries nothing
+        itself, but what reads it in the rest of the model may. Always true for `restore` under 1,
+        and where not even all nodes together do that: there the last token decides."""
         def swapped(nodes):
             key = nodes.tobytes()
             if key not in self.known:

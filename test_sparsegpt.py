@@ -1534,8 +1534,9 @@ def test_a_circuit_holds_alone_and_beside_others_and_carries_the_answer(cues):
     idle, start = (np.arange(368) == prune.node_number(name, task.model.cfg)
                    for name in ("h0.neuron.20", "h0.attn_in.0"))
     assert task.carries(nodes, 0.15) and not task.carries(prune.CircuitMask(idle), 0.15)
-    swapped = prune.interchanged(task.model, task.pairs_seen, start)  # through the rest, not by itself
+    swapped = prune.interchanged(task.model, task.pairs_seen, start)  # by what reads it elsewhere
     assert (swapped < 0).all() and not task.carries(prune.CircuitMask(start), 0.15)
+    assert prune.check_interchange(task, prune.CircuitMask(start))["overlap"] == 0
 
 ENDS = dict(wqkv=["attn_in", "q", "k", "v"], wo=["v", "attn_out"], wfc=["mlp_in", "neuron"],
             wproj=["neuron", "mlp_out"])
@@ -1818,7 +1819,9 @@ def test_masks_are_learned_as_before(cues, monkeypatch):
     assert (np.diff(tau[order]) <= 0).all() and sorted(order) == list(range(368))
     slices = prune.node_slices(wired().cfg)
     assert all(np.array_equal(tau[slices[h + "q"]], tau[slices[h + "k"]]) for h in ("h0.", "h1."))
-    learn()
+    _, tau = learn()
+    assert [tau.sum(), abs(tau).sum(), (tau >= 0).sum()] == pytest.approx(
+        [27.9153846739, 36.7392916996, 275], 1e-9)
     for nodes in kept[::2]:
         assert nodes.shape == (16, 368) and np.array_equal(nodes[::2], nodes[1::2])
         assert (nodes == nodes.min(0)).all(1).sum() >= 4
