@@ -221,8 +221,8 @@ class PruningTask:
         """Whether the full model gives the other answer where the mask's nodes take the values of
         the pair's other prompt: its loss, with right and wrong swapped, is at most the target.
         Only nodes on a path of the mask from a token to the logits do: another one carries nothing
-        itself, but what reads it in the rest of the model may. Always true for `restore` under 1,
-        and where not even all nodes together do that: there the last token decides."""
+        itself, but what reads it in the rest of the model may. It is not asked for if `restore` is
+        under 1, or if not even all nodes bring the other answer: then the last token decides."""
         def swapped(nodes):
             key = nodes.tobytes()
             if key not in self.known:
@@ -334,7 +334,7 @@ def learn_masks(task, k_coef, lr, temperature, seed, progress, target):
         pick = 2 * rng.choice(n_pairs, min(s.pairs, n_pairs), replace=False)
         batch = task.pool.rows(np.sort(np.concatenate([pick, pick + 1])))
         kept = (tau >= 0)[index]
-        if step % turns:  # as in `carries`: the values and the answer of the other prompt
+        if step % turns:  # as in `carries`, but AbsTopK chooses among the other nodes alone
             batch = batch._replace(right=batch.wrong, wrong=batch.right)
             loss, by_node = gradient(model, batch, ~kept, values_of_other(model, batch)[1])
             by_node = -by_node
@@ -390,9 +390,9 @@ class Ablation:
     circuit computes.
 
     AbsTopK chooses among the kept nodes alone, so a circuit computes with nothing but its own
-    nodes; or, with `seen`, the full model's values {site: [N, C]}, those are active that are so
-    there. nodes: bool by node, or [B, nodes] with a set for each prompt. frozen_values: by node,
-    or {site: [N, C]} with one for each token.
+    nodes; or, with `seen`, the full model's values {site: [N, C]}, a node is active where it is
+    active in the full model. nodes: bool by node, or [B, nodes] with a set for each prompt.
+    frozen_values: by node, or {site: [N, C]} with one for each token.
     After a backward pass, `grad` is by node the gradient of the loss by a number m in
     m x + (1 - m) frozen, where x is the value that the node has, or would have if it were kept.
     """
@@ -1134,6 +1134,12 @@ class Circuit:
         """[(name, name, weight)] of its edges."""
         return [(e["from"], e["to"], e["weight"]) for e in self.report["edges"]]
 
+    def frozen_values(self, model):
+        """The values of deleted nodes, by node. Raises UserError if it is of another model."""
+        if not self.is_of(model):
+            raise sg.UserError(f"the circuit of {self.task} is of another model")
+        return ModelContext(model, self.settings.ablation).frozen_values
+
     @property
     def links(self):
         """[(from, to, kind, weight)]: the whole graph, edges among them. kind: "edge"; "residual",
@@ -1167,10 +1173,7 @@ class Circuit:
 
     def logits(self, model, prompts):
         """Its logits at the deciding positions of Prompts [n, V], in the model that is its own."""
-        if not self.is_of(model):
-            raise sg.UserError(f"the circuit of {self.task} is of another model")
-        values = ModelContext(model, self.settings.ablation).frozen_values
-        return PlainRunner(model, values, prompts).logits(self.mask)
+        return PlainRunner(model, self.frozen_values(model), prompts).logits(self.mask)
 
 
 def measured(context, task, mask):
@@ -1396,10 +1399,10 @@ def check_control(name, result, stages, target):
                        f"best loss was {result.loss:.3f}", loss=result.loss, nodes=None)
     last = result.stages[-1]
     own = next((stage for stage in stages if stage["stage"] == last["stage"]), stages[-1])
-    note = "" if own is stages[-1] else " (not cleaned)"
+    note = "" if own is stages[-1] else ", both before cleaning"
     return verdict(name, last["edges"] > 2 * own["edges"], "the same search found "
-                   f"{last['nodes']} nodes and {last['edges']} edges{note}; the circuit has "
-                   f"{own['nodes']} and {own['edges']} (pass: more than twice its edges)",
+                   f"{last['nodes']} nodes and {last['edges']} edges, for the circuit's "
+                   f"{own['nodes']} and {own['edges']}{note} (pass: more than twice its edges)",
                    loss=result.loss, edges=last["edges"], nodes=last["nodes"])
 
 
@@ -1537,11 +1540,11 @@ def pair_readings(model, mask, frozen_values, pair, overlap):
 LEGEND = """<-, -> edges with weights (tokens and answers are not counted); == the same channel of
 the residual stream, to which tokens and blocks add, and which is then divided by the stream's RMS.
 ␣ a space. Deleted: frozen at {}.
-importance: the loss if this node is deleted too, less the circuit's; model: the
-full model's loss if this node alone is deleted, less its own. values: on
-the two prompts, at the last token (from the end) where they differ by half of the most."""
-CHECKS_HEAD = """checks (a circuit's loss passes up to twice the target, one without it from 0.35),
-then the same search where there should be no circuit"""
+importance: how much the circuit's loss rises without this node; model: how much the full
+model's loss does. values: in the circuit, on the two prompts, at the last token (counted from the
+end) where they differ by at least half of their largest difference."""
+CHECKS_HEAD = """checks: a loss of the circuit passes up to twice the target, one without it from 0.35.
+The last ones repeat the search where there should be no circuit, and with another seed."""
 
 
 def listing(circuit, verbose=False):
@@ -1584,7 +1587,8 @@ def portrait(circuit, verbose=False):
 def check_text(check, verbose=False):
     """A check as text, most often on one line."""
     mark = {True: "passed", False: "FAILED", None: "-"}[check["passed"]]
-    text = check["text"] if verbose or check["passed"] is not True else amount(check)
+    short = check["passed"] is True and check.get("edges") is None
+    text = amount(check) if short and not verbose else check["text"]
     if text == "none" and check.get("loss") is not None:
         text = f"none (best loss {check['loss']:.2f} nats)"
     return "\n".join(textwrap.wrap(f"    {mark:<7} {check['name']}: {text}", 99,
@@ -1700,7 +1704,7 @@ def blocks(circuit, verbose):
             block += reading_lines(node)
         out.append(block)
     if minor and not verbose:
-        out.append([f"and {len(minor)} of less than a tenth of the largest importance"])
+        out.append([f"and {len(minor)} more, each less than a tenth as important as the first"])
         groups = [g for g in report["groups"] if len(g["nodes"]) > 1]
         out[-1] += [f"    {len(g['nodes'])} of them, connected, have together {g['effect']:.3f}"
                     for g in sorted(groups, key=lambda g: -g["effect"])[:3]]
@@ -1746,14 +1750,14 @@ def summary(rows):
         "*: searched with --restore under 1, so that a circuit need not hold beside all shares",
         "flips: answers of the full model that flip if the circuit's nodes are as on the pair's "
         "other prompt",
-        "nonsense, inverted, shuffled: edges that the same search needs for the controls"])
+        "nonsense, inverted, shuffled: edges of the controls; without a *, before cleaning"])
 
 
 # ---- several processes --------------------------------------------------------------------------
 
 def on_cores(fn, items, workers, in_order=True):
-    """fn(item) of every item, in `workers` processes; or as they are done. Raises UserError if
-    these end too early.
+    """Yields fn(item) of every item, computed in `workers` processes; without in_order, each as
+    soon as it is done. Raises UserError if a process ends too early.
 
     Processes, not threads: with arrays so small, these would wait for the interpreter's lock. One
     worker, and a GPU, stay in this process. Under mpirun the first process deals out the items.
@@ -1892,7 +1896,7 @@ def included_path(task):
 def saved_path(name, given):
     """The path of a saved circuit, by its file or its task: in --out or, if there is none, of the
     one that comes with the source; a line on stderr says so."""
-    if name.endswith(".json") or Path(name).is_file():
+    if name.endswith(".json") or os.sep in name or Path(name).is_file():
         return Path(name)
     path, included = Path(given.get("out", "circuits"), f"{name}.json"), included_path(name)
     if "out" in given or path.exists() or not included.exists():
@@ -2039,7 +2043,9 @@ USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "restore", "seed
     seed={"search", "predict", "set", "ablate"}, verbose={"search", "show"},
     answers={"ask", "explain", "trace"}, contexts={"predict"}, trace={"head", "trace"}, at={"head"},
     set={"predict", "ask", "set"}, ablate={"predict", "ask", "ablate"},
-    task={"search", "explain", "predict", "ask", "set", "ablate"})
+    task={"search", "explain", "predict", "ask", "set", "ablate"},
+    model={"list", "search", *MODES} - {"show"},
+    out={"list", "search", "show", "check", "explain", "predict", "ask"})
 
 
 def act(argv):
@@ -2048,11 +2054,11 @@ def act(argv):
     if "tasks" in given:
         tasks.add_file(given["tasks"])
     task, settings = given.get("task"), settings_of(given)
-    mode = next((name for name in MODES if name in given), "search" if task else "list")
+    mode = next((name for name in MODES if name in given), "list" if task is None else "search")
     for name in given:
         if mode not in USED_BY.get(name, {mode}):
-            raise sg.UserError(f"{'--' * (mode in given)}{mode} takes no "
-                               f"{'--' * (name != 'task')}{name}")
+            who = dict(list="without a task, prune.py", search="a search").get(mode, f"--{mode}")
+            raise sg.UserError(f"{who} takes no {'--' * (name != 'task')}{name}")
     if mode == "explain" and "answers" in given and given["explain"] is None:
         raise sg.UserError("--explain takes --answers only with a PROMPT")
     if task == "all" and (mode != "search" or "verbose" in given):
@@ -2107,9 +2113,8 @@ def act_search(given, model, settings):
         return len([*on_cores(None, (), 2)])  # which deals it work, in the end
     task, folder, seeds = given["task"], Path(given.get("out", "circuits")), given.get("seeds", 2)
     workers = max(model.cfg.threads or sg.n_cores(), sg.processes().size)
-    folder.mkdir(parents=True, exist_ok=True)
+    sg.check_output(folder / f"{task}.json")  # makes the folder
     with sg.locked(folder):
-        sg.check_output(folder / f"{task}.json")
         context = ModelContext(model, settings.ablation)
         if task == "all":
             prune_all(context, settings, folder, seeds, workers)
@@ -2127,8 +2132,8 @@ def act_search(given, model, settings):
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a circuit that does not reproduce its
     losses, 2 for a mistake, 130 for Ctrl-C."""
-    return sg.command("prune.py", act, argv, "finished circuits are kept; the same command "
-                      "continues")
+    return sg.command("prune.py", act, argv, "the same command goes on, if it is one of "
+                      "`all`: finished circuits are kept")
 
 
 if __name__ == "__main__":

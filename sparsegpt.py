@@ -1355,7 +1355,8 @@ def check_output(path):
                                          suffix=".unfinished"):  # the longest name that is used
             return found
     except (OSError, RuntimeError) as e:
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+        raise UserError(f"cannot write {str(path)[:200]}: "
+                        f"{getattr(e, 'strerror', None) or e}") from e
 
 
 @contextmanager

@@ -560,7 +560,7 @@ def pairs(task: str, n: int, seed: int = 0, split: str = "eval") -> list[Pair]:
     if task not in TASKS:
         close = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
         raise TaskError(f"no task {task!r}; the nearest is {close!r}; tasks: {', '.join(TASKS)}; "
-                        "one of your own needs --tasks FILE")
+                        "of your own: prune.py --tasks FILE")
     check_draw(n, split)
     rng = random.Random(f"{task}/{split}/{seed}")  # a string seeds alike on every platform
     found, draws = {}, 0  # by prompts: keeps the order and drops what was made before
@@ -729,12 +729,13 @@ def main(argv=None) -> int:
             print("\n----\n".join(idiom(rng) for _ in range(args.n)))
         for task in () if args.idioms else TASKS if args.task is None else [args.task]:
             print_pairs(task, args.n, args.seed, args.split)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except TaskError as e:
-        print(f"tasks.py: error: {e}", file=sys.stderr)
-        return 2
+        print(end="", flush=True)
+    except (TaskError, UnicodeError, OSError) as e:
+        if isinstance(e, OSError):  # what is left to print has no place to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(e, BrokenPipeError):  # as by `| head`
+            print(f"tasks.py: error: {e}", file=sys.stderr)
+            return 2
     return 0
 
 

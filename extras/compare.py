@@ -299,10 +299,9 @@ def act(argv):
     if len(kinds) > 8 or len({1, *map(len, kinds)}) > 2:
         raise sg.UserError("give at most 8 models, one or equally many seeds of each; these have "
                            f"{', '.join(str(len(kind)) for kind in kinds)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    path = sg.check_output(folder / "compare.json")  # makes the folder
     with sg.locked(folder):
-        compare([prune.ModelContext(m, settings.ablation) for m in models], settings, targets,
-                sg.check_output(folder / "compare.json"),
+        compare([prune.ModelContext(m, settings.ablation) for m in models], settings, targets, path,
                 max(m.cfg.threads or sg.n_cores() for m in models),
                 list(dict.fromkeys(given.get("tasks", tasks.TASKS))))
     return 0
@@ -310,7 +309,7 @@ def act(argv):
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
-    return sg.command("extras/compare.py", act, argv, "finished rows are kept; the same command "
+    return sg.command("extras.compare", act, argv, "finished rows are kept; the same command "
                       "continues")
 
 

@@ -25,27 +25,23 @@ import tasks
 
 # ---- of a circuit -------------------------------------------------------------------------------
 
-def frozen_values(circuit, model):
-    """The values of a circuit's deleted nodes, by node."""
-    return prune.ModelContext(model, circuit.settings.ablation).frozen_values
-
-
 def explain(circuit, model, text=None, answers=None, columns=5):
     """Each node of a circuit in it and in the full model, at each token of its pair of prompts;
     nodes that are alike on both are left out. Or of a prompt of one's own, below what both answer,
     see `ask`. Then what the margin is made of, what the circuit's heads look at from the last
     token, most first, and where these nodes are highest and lowest in training text. A list of
     lines."""
-    cfg, s, lines = model.cfg, circuit.settings, []
+    cfg, s, lines, asked = model.cfg, circuit.settings, [], []
     if text is None:
         pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
         prompts = prune.shortest_pair(pool)
     else:
         prompts = prune.own_prompt(model, text, answers)
-        lines = ask(circuit, model, [text], answers)
+        asked = ask(circuit, model, [text], answers)
+        lines = [*asked]
     heads = dict.fromkeys(prune.heads_of(circuit.mask, cfg), 1.0)
     (own, looks), (full, looked) = (
-        prune.pair_readings(model, mask, frozen_values(circuit, model), prompts, heads)
+        prune.pair_readings(model, mask, circuit.frozen_values(model), prompts, heads)
         for mask in (circuit.mask, prune.every_node(cfg)))
     names = list(own["values"])
     if text is None:
@@ -79,7 +75,7 @@ def explain(circuit, model, text=None, answers=None, columns=5):
     for node in circuit.report["nodes"]:
         if node["name"] in names:
             lines += [node["name"], *prune.reading_lines(node)]
-    return lines if own["values"] else ["the circuit has no nodes"]
+    return lines if own["values"] else [*asked, "the circuit has no nodes"]
 
 
 def margin_sum(model, margin, right, wrong, values):
@@ -100,7 +96,7 @@ def ask(circuit, model, texts, answers=None, values=None):
     full model finds likeliest there. With values, the same of the full model as `changed`. Raises
     UserError on an unusable prompt."""
     s, lines, tok = circuit.settings, [], model.tok
-    frozen, every = frozen_values(circuit, model), prune.every_node(model.cfg)
+    frozen, every = circuit.frozen_values(model), prune.every_node(model.cfg)
     sides = {"the full model": (frozen, every), "the circuit": (frozen, circuit.mask)}
     if values:
         sides["the changed model"] = changed(model, values)
@@ -146,7 +142,8 @@ def nodes_to_change(settings, names, cfg):
                 continue
         raise sg.UserError(f"--set {text[:60]!r} is not NODE=VALUE, with a value from -1e9 to 1e9")
     return {node: value for name, value in found
-            for node in heads.get(name) or [prune.node_number(name, cfg)]}
+            for node in heads.get(name if value is None else "") or [
+                prune.node_number(name, cfg)]}
 
 
 def changed(model, values):

@@ -61,6 +61,8 @@ def test_a_task_that_needs_no_node_has_an_empty_circuit(cues, monkeypatch):
     json.loads(Path("circuits/trivial.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert "trivial" in prune.listing(circuit)
     assert questions.explain(circuit, model) == ["the circuit has no nodes"]
+    assert questions.explain(circuit, model, "a<", ("x", "y")) == [
+        *questions.ask(circuit, model, ["a<"], ("x", "y")), "the circuit has no nodes"]
 
 def test_the_listing_has_every_node_and_edge_and_no_other(cues):
     """Text: each node is a heading once, its edges with their weights are under it."""
@@ -491,7 +493,7 @@ def test_the_lesson_prints_what_it_says(capsys):
                 for text in (line, *out.splitlines()))
             assert any(words == said[0] and numbers == pytest.approx(said[1], 0.05, 0.05)
                        for words, numbers in same), line
-    assert len(commands) == 8
+    assert len(commands) == 9
 
 def test_the_readmes_print_out_is_that_of_the_included_circuit():
     readme = (HERE / "README.md").read_text("utf-8")
