@@ -219,10 +219,11 @@ class PruningTask:
 
     def carries(self, mask, target):
         """Whether the full model gives the other answer where the mask's nodes take the values of
-        the pair's other prompt: its loss, with right and wrong swapped, is at most the target.
-        Only nodes on a path of the mask from a token to the logits do: another one carries nothing
-        itself, but what reads it in the rest of the model may. It is not asked for if `restore` is
-        under 1, or if not even all nodes bring the other answer: then the last token decides."""
+        the pair's other prompt. Its loss, with right and wrong swapped, may be as far above that of
+        all nodes as in `training_target`: up to the target itself, fewer do it on held-out prompts.
+        Only nodes on a path of the mask from a token to the logits take these values: another one
+        carries nothing itself, but what reads it in the rest of the model may. It is not asked for
+        if `restore` is under 1, or if all nodes fail, as where the last token alone decides."""
         def swapped(nodes):
             key = nodes.tobytes()
             if key not in self.known:
@@ -230,8 +231,10 @@ class PruningTask:
                 self.known[key] = logistic(-margin)
             return self.known[key]
 
-        return self.settings.restore < 1 or swapped(self.on_paths(mask)) <= target or (
-            swapped(np.ones_like(mask.nodes)) > target)
+        if self.settings.restore < 1 or (every := swapped(np.ones_like(mask.nodes))) > target:
+            return True
+        goal = training_target(dataclasses.replace(self.settings, target=target), every)
+        return swapped(self.on_paths(mask)) <= goal
 
     def on_paths(self, mask):
         """Bool by node: the kept nodes that are not `disconnected_nodes`."""

@@ -1538,6 +1538,11 @@ def test_a_circuit_holds_alone_and_beside_others_and_carries_the_answer(cues):
     swapped = prune.interchanged(task.model, task.pairs_seen, start)  # by what reads it elsewhere
     assert (swapped < 0).all() and not task.carries(prune.CircuitMask(start), 0.15)
     assert prune.check_interchange(task, prune.CircuitMask(start))["overlap"] == 0
+    for every, own, said in (-9, -2.25, False), (-9, -3.5, True), (-2, -2, True), (9, 9, True):
+        with pytest.MonkeyPatch.context() as patch:  # losses of 0.10, 0.03; 0.13; all nodes fail
+            patch.setattr(prune, "interchanged", lambda *x: every if x[-1].all() else own)
+            task.known.clear()
+            assert task.carries(nodes, 0.15) == said
 
 ENDS = dict(wqkv=["attn_in", "q", "k", "v"], wo=["v", "attn_out"], wfc=["mlp_in", "neuron"],
             wproj=["neuron", "mlp_out"])
