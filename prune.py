@@ -219,11 +219,12 @@ class PruningTask:
 
     def carries(self, mask, target):
         """Whether the full model gives the other answer where the mask's nodes take the values of
-        the pair's other prompt. Its loss, with right and wrong swapped, may be as far above that of
-        all nodes as in `training_target`: up to the target itself, fewer do it on held-out prompts.
-        Only nodes on a path of the mask from a token to the logits take these values: another one
-        carries nothing itself, but what reads it in the rest of the model may. It is not asked for
-        if `restore` is under 1, or if all nodes fail, as where the last token alone decides."""
+        the pair's other prompt. The loss, with right and wrong swapped, must be at most that of
+        `training_target`, with all nodes swapped as the full model. (With the target itself as the
+        limit fewer circuits carry the answer on held-out prompts.) Only nodes on a path of the
+        mask from a token to the logits are swapped: another one carries nothing itself, but what
+        reads it in the rest of the model may. Nothing is asked if `restore` is under 1, or if all
+        nodes together fail, as where the last token alone decides."""
         def swapped(nodes):
             key = nodes.tobytes()
             if key not in self.known:
@@ -1546,7 +1547,7 @@ the residual stream, to which tokens and blocks add, and which is then divided b
 importance: how much the circuit's loss rises without this node; model: how much the full
 model's loss does. values: in the circuit, on the two prompts, at the last token (counted from the
 end) where they differ by at least half of their largest difference."""
-CHECKS_HEAD = """checks: a loss of the circuit passes up to twice the target, one without it from 0.35.
+CHECKS_HEAD = """checks: a loss of the circuit passes up to twice the target, without it from 0.35.
 The last ones repeat the search where there should be no circuit, and with another seed."""
 
 
@@ -1707,7 +1708,8 @@ def blocks(circuit, verbose):
             block += reading_lines(node)
         out.append(block)
     if minor and not verbose:
-        out.append([f"and {len(minor)} more, each less than a tenth as important as the first"])
+        out.append([f"and {len(minor)} more, each less than a tenth as important as the most "
+                    "important one"])
         groups = [g for g in report["groups"] if len(g["nodes"]) > 1]
         out[-1] += [f"    {len(g['nodes'])} of them, connected, have together {g['effect']:.3f}"
                     for g in sorted(groups, key=lambda g: -g["effect"])[:3]]
@@ -2044,8 +2046,8 @@ MODES = ("show", "check", "explain", "head", "trace", "predict", "ask", "set", "
 USED_BY = dict.fromkeys(("target", "ablation", "runs", "pairs", "restore", "seeds"),
                         {"search"}) | dict(
     seed={"search", "predict", "set", "ablate"}, verbose={"search", "show"},
-    answers={"ask", "explain", "trace"}, contexts={"predict"}, trace={"head", "trace"}, at={"head"},
-    set={"predict", "ask", "set"}, ablate={"predict", "ask", "ablate"},
+    answers={"ask", "explain", "trace"}, contexts={"predict"}, trace={"head", "trace"},
+    at={"head"}, set={"predict", "ask", "set"}, ablate={"predict", "ask", "ablate"},
     task={"search", "explain", "predict", "ask", "set", "ablate"},
     model={"list", "search", *MODES} - {"show"},
     out={"list", "search", "show", "check", "explain", "predict", "ask"})
@@ -2135,8 +2137,8 @@ def act_search(given, model, settings):
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a circuit that does not reproduce its
     losses, 2 for a mistake, 130 for Ctrl-C."""
-    return sg.command("prune.py", act, argv, "the same command goes on, if it is one of "
-                      "`all`: finished circuits are kept")
+    return sg.command("prune.py", act, argv, "with `all`, finished circuits are kept and "
+                      "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -1544,6 +1544,18 @@ def test_a_circuit_holds_alone_and_beside_others_and_carries_the_answer(cues):
             task.known.clear()
             assert task.carries(nodes, 0.15) == said
 
+def test_a_control_is_compared_and_shown_with_the_circuit_at_the_same_stage():
+    """A control that was not cleaned is not held against a circuit that was."""
+    ranked, cleaned = (dict(stage=name, nodes=9, edges=edges)
+                       for name, edges in (("fewest by rank", 10), ("edges cleaned", 4)))
+    for stage, edges, passed in (ranked, 20, False), (ranked, 21, True), (cleaned, 9, True):
+        result = prune.SearchResult(object(), 0.1, [stage | {"edges": edges}])
+        check = prune.check_control("inverted task", result, [ranked, cleaned], 0.15)
+        said = " ".join(prune.check_text(check).split())
+        assert check["passed"] == passed
+        assert f"{edges} edges, for the circuit's 9 and {stage['edges']}" in said
+        assert ("both before cleaning" in said) == (stage is ranked)
+
 ENDS = dict(wqkv=["attn_in", "q", "k", "v"], wo=["v", "attn_out"], wfc=["mlp_in", "neuron"],
             wproj=["neuron", "mlp_out"])
 
@@ -2013,8 +2025,9 @@ PRUNING = {
     "context": ["endless", "long_if_held_out", f"cue --ask < --ask {99 * '<'}"],
     "not allowed with": ["cue --ask < --explain"], "unrecognized": ["cue wide --explain"],
     "over the target": ["hopeless", "cue --target 1e-4"], "arguments: --sede": ["cue --sede 3"],
-    "a search takes no --answers": ["cue --answers x y"], "no --seeds": ["cue --explain --seeds 3"],
-    "no --runs": ["cue --ablate final.1 --runs 2"], "none/cue.json": ["cue --explain --out none"],
+    "a search takes no --answers": ["cue --answers x y"],
+    "no --seeds": ["cue --explain --seeds 3"], "no --runs": ["cue --ablate final.1 --runs 2"],
+    "none/cue.json": ["cue --explain --out none"],
     "h1.neuron.99": ["cue --set h1.neuron.99=1"], "no --target": ["--check x.json --target 0.5"],
     "c/a": ["cue --out c/a", "cue --out c/a/b"],
     "--runs": ["cue --runs 0", "cue --runs x"], "--pairs": ["cue --pairs 0"],
@@ -2023,7 +2036,8 @@ PRUNING = {
     "without a task, prune.py takes no --runs": ["--runs 2"], "cut.npz": ["cue --model cut.npz"],
     "none": ["--check none.json", "cue --model none.npz"], "not the name": ["cue --out dirs"],
     "no task": ["cue --check x.json"], "no --model": ["--show cue --model b.npz"],
-    "no --out": ["--trace < --out o"], "no node 'h1.head.0'": ["cue --set h1.head.0=1"],
+    "no task ''": ["''"], "no file no/cue;": ["--show no/cue"], "no --out": ["--trace < --out o"],
+    "no node 'h1.head.0'": ["cue --set h1.head.0=1"],
     "--seed": ["cue --seed -1", "cue --seed=--"],
     "ymlink loop|name too long": [
         "cue --out loop", f"cue --out {5000 * 'a/'}x"]}
@@ -2057,7 +2071,7 @@ def test_a_mistake_is_one_line_and_status_two(brief, main, said, line, capsys, m
     monkeypatch.setitem(tasks.TASKS, "long_if_held_out", lambda w: cue(
         w, form=(1 + 8 * w.large) * "{cue}{junk}="))
     line += " --model model.npz" * (main is prune.main and not re.search("--model|--show", line))
-    assert assert_refused(capsys, said, *line.split(), main=main) == ""
+    assert assert_refused(capsys, said, *shlex.split(line), main=main) == ""
 
 @pytest.mark.parametrize("spare", [True, False])
 def test_a_full_disk_costs_no_circuit(brief, spare, capsys, monkeypatch):

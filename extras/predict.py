@@ -79,8 +79,8 @@ def predict(circuit, model, path, values=None, n=8, seed=0):
     if not 1 <= n <= 1000:
         raise sg.UserError(f"--contexts must be from 1 to 1000, not {n}")
     found, progress, rows = read(path), sg.Progress("predict"), []
-    name, sides = "circuit", [(circuit.frozen_values(model), mask) for mask in (
-        prune.every_node(model.cfg), circuit.mask)]
+    frozen, name = circuit.frozen_values(model), "circuit"
+    sides = [(frozen, prune.every_node(model.cfg)), (frozen, circuit.mask)]
     if values:
         name, sides[1] = "changed", questions.changed(model, values)
     lines = ["P of both answers; margin: logit of the first less that of the second, with its "

@@ -31,18 +31,19 @@ def explain(circuit, model, text=None, answers=None, columns=5):
     see `ask`. Then what the margin is made of, what the circuit's heads look at from the last
     token, most first, and where these nodes are highest and lowest in training text. A list of
     lines."""
-    cfg, s, lines, asked = model.cfg, circuit.settings, [], []
+    cfg, s, lines = model.cfg, circuit.settings, []
     if text is None:
         pool = prune.make_prompts(model, circuit.task, 2 * s.search_pairs, s.seed)
         prompts = prune.shortest_pair(pool)
     else:
         prompts = prune.own_prompt(model, text, answers)
-        asked = ask(circuit, model, [text], answers)
-        lines = [*asked]
-    heads = dict.fromkeys(prune.heads_of(circuit.mask, cfg), 1.0)
-    (own, looks), (full, looked) = (
-        prune.pair_readings(model, mask, circuit.frozen_values(model), prompts, heads)
-        for mask in (circuit.mask, prune.every_node(cfg)))
+        lines = ask(circuit, model, [text], answers)
+    if not circuit.mask.nodes.any():
+        return [*lines, "the circuit has no nodes"]
+    heads, frozen = dict.fromkeys(prune.heads_of(circuit.mask, cfg), 1.0), (
+        circuit.frozen_values(model))
+    (own, looks), (full, looked) = (prune.pair_readings(model, mask, frozen, prompts, heads)
+                                    for mask in (circuit.mask, prune.every_node(cfg)))
     names = list(own["values"])
     if text is None:
         names = sg.extra("draw", "prompts are not compared").differing(circuit.report)
@@ -75,7 +76,7 @@ def explain(circuit, model, text=None, answers=None, columns=5):
     for node in circuit.report["nodes"]:
         if node["name"] in names:
             lines += [node["name"], *prune.reading_lines(node)]
-    return lines if own["values"] else [*asked, "the circuit has no nodes"]
+    return lines
 
 
 def margin_sum(model, margin, right, wrong, values):
